@@ -1,0 +1,61 @@
+"""Every key of a config, with its default. A config file starts from here and changes some.
+
+What a value may be is checked by jdm.config; what it does is said where the section goes:
+model -> jdm.nn.model.JointModel, diffusion -> jdm.diffusion.process.Diffusion, loss ->
+jdm.training.loss.JointLoss, optim -> jdm.training.build.make_optimiser, the rest -> jdm.trainer.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=0,  # of the weights, the order of the images, and every draw in training
+            data=dict(
+                name="digits",
+                dir="",  # where prepared data sets are; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+                batch_size=64,  # global: over all devices of all hosts
+            ),
+            model=dict(
+                image_size=8,
+                image_channels=1,
+                num_classes=10,
+                channels=32,
+                multipliers=(1, 2),
+                blocks=2,
+                attention=(4,),  # side lengths of the feature maps that get attention
+                heads=4,
+                dropout=0.1,
+                learned_variance=False,
+                resample="conv",
+                attention_order="head_first",
+                head_width=128,
+                head_dropout=0.3,
+                dtype="float32",
+            ),
+            diffusion=dict(
+                steps=1000, schedule="linear", prediction="eps", variance="fixed_large"
+            ),
+            loss=dict(
+                weight=0.1,  # lambda, of the classifier's cross-entropy
+                classify="both",  # what the classifier is trained on: clean, noised or both
+                min_snr_gamma=0.0,  # 0: every noise level weighs the same
+                variance_weight=0.001,  # of the bound, where the variance is learned
+            ),
+            optim=dict(
+                lr=1e-4,
+                schedule="constant",
+                warmup_steps=0,
+                weight_decay=0.0,
+                clip_norm=1.0,  # 0: gradients are not clipped
+                b1=0.9,
+                b2=0.999,
+            ),
+            train=dict(steps=1000, ema_decay=0.999),
+            # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
+            log=dict(every=100),
+            eval=dict(every=1000, batch_size=256),
+            checkpoint=dict(every=1000, keep=3),
+        )
+    )

@@ -1,0 +1,211 @@
+"""Configs: found by name, overridden from the command line, checked before anything else happens.
+
+Owns the loading, the checks and the comparison of configs. Imports no JAX, so that a misspelt key
+stops a run in its first second. The names in CHOICES are those of the dicts that stand beside
+their functions; the tests hold the two together.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import jdm.configs
+from jdm.configs import base
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.resample": ("conv", "resblock"),
+    "model.attention_order": ("head_first", "qkv_first"),
+    "model.dtype": ("float32", "bfloat16"),
+    "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
+    "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
+    "loss.classify": ("clean", "noised", "both"),
+    "optim.schedule": ("constant", "cosine"),
+    "data.name": ("digits",),
+}
+
+_POSITIVE = (lambda v: v > 0, "positive")
+_NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
+_FRACTION = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_SEED = (lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
+_SIDES = (lambda v: all(isinstance(s, int) and s > 0 for s in v), "positive whole numbers")
+_LEVELS = (lambda v: len(v) > 0 and _SIDES[0](v), "one or more positive whole numbers")
+
+RANGES: dict[str, tuple] = {
+    "seed": _SEED,
+    **dict.fromkeys(
+        ("data.batch_size", "model.image_size", "model.image_channels", "model.channels")
+        + ("model.num_classes", "model.blocks", "model.heads", "model.head_width", "optim.lr")
+        + ("diffusion.steps", "train.steps", "eval.batch_size", "checkpoint.keep"),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(
+        ("loss.weight", "loss.min_snr_gamma", "loss.variance_weight", "optim.warmup_steps")
+        + ("optim.weight_decay", "optim.clip_norm", "log.every", "eval.every", "checkpoint.every"),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        ("model.dropout", "model.head_dropout", "optim.b1", "optim.b2", "train.ema_decay"),
+        _FRACTION,
+    ),
+    "model.multipliers": _LEVELS,
+    "model.attention": _SIDES,
+}
+
+# What a run may change when it is resumed: how long it goes on, and what it says and keeps.
+RESUMABLE = ("train.steps", "data.dir", "log.", "eval.", "checkpoint.")
+
+
+class ConfigError(ValueError):
+    """A config, or a flag that overrides it, that cannot be right; the message is one sentence."""
+
+
+def names() -> list[str]:
+    """The configs that can be asked for by name."""
+    found = (module.name for module in pkgutil.iter_modules(jdm.configs.__path__))
+    return sorted(name for name in found if name != "base")
+
+
+def load(name: str, overrides: list[str] = ()) -> ConfigDict:
+    """The config of that name (or at that path, *.py), overridden and checked; it is locked.
+
+    overrides: flags of the form --config.section.key=value.
+
+    Raises ConfigError, in one sentence, for an unknown name, key, type or value.
+    """
+    config = _read(name)
+    check(config, name)
+    flags_of = flags.FlagValues()
+    argv = ["jdm", *overrides]
+    for flag in overrides:
+        _check_key(flag.removeprefix("--config.").split("=")[0])
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=flags_of, sys_argv=argv)
+        flags_of(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(_explain(overrides, error)) from error
+    check(config, "the command line")
+    return config
+
+
+def _read(name: str) -> ConfigDict:
+    """What get_config() of a named config or of a file returns."""
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"--config={name} is not a file")
+        spec = importlib.util.spec_from_file_location("jdm_user_config", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif name in names():
+        module = importlib.import_module(f"jdm.configs.{name}")
+    else:
+        raise ConfigError(
+            f"--config={name} is unknown; known: {', '.join(names())}, or the path of a .py file"
+        )
+    return module.get_config()
+
+
+def _explain(overrides: list[str], error: Exception) -> str:
+    """One sentence on why flags could not be parsed, naming the one at fault."""
+    defaults = flatten(base.get_config())
+    for flag in overrides:
+        key, separator, value = flag.removeprefix("--config.").partition("=")
+        if not separator:
+            return f"--config.{key} needs a value: --config.{key}=…"
+        try:
+            one = flags.FlagValues()
+            argv = ["jdm", flag]
+            config_flags.DEFINE_config_dict(
+                "config", base.get_config(), flag_values=one, sys_argv=argv
+            )
+            one(argv)
+        except (flags.Error, TypeError, ValueError):
+            kind = type(defaults[key]).__name__ if key in defaults else "section"
+            return f"--config.{key}={value} is not of the type {kind}"
+    return str(error).splitlines()[0]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a nested config."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _check_key(key: str) -> None:
+    known = flatten(base.get_config())
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
+        raise ConfigError(f"config.{key} is unknown{hint}")
+
+
+def check(config: ConfigDict, where: str) -> None:
+    """Raises ConfigError for an unknown or missing key, a wrong type, name or range.
+
+    where: what the config was read from, for the message.
+    """
+    defaults, values = flatten(base.get_config()), flatten(config)
+    for key in values:
+        _check_key(key)
+    for key, default in defaults.items():
+        if key not in values:
+            raise ConfigError(f"config.{key} is missing from {where}; start from base.get_config()")
+        value = values[key]
+        whole_as_float = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not whole_as_float:
+            raise ConfigError(
+                f"config.{key}={value!r} is of the type {type(value).__name__}; "
+                f"it must be {type(default).__name__}"
+            )
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ConfigError(
+                f"config.{key}={value!r} is unknown; known: {', '.join(CHOICES[key])}"
+            )
+        if key in RANGES and not RANGES[key][0](value):
+            raise ConfigError(f"config.{key}={value!r} must be {RANGES[key][1]}")
+    if (values["diffusion.variance"] == "learned") != values["model.learned_variance"]:
+        raise ConfigError(
+            f"config.model.learned_variance={values['model.learned_variance']} does not go with "
+            f"config.diffusion.variance={values['diffusion.variance']!r}; learned needs True, "
+            "the fixed ones False"
+        )
+
+
+def to_dict(config: ConfigDict) -> dict:
+    """The config as plain dicts, ready for JSON."""
+    return config.to_dict()
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """A config read back from JSON, where tuples became lists; checked like any other."""
+    config = base.get_config()
+    for key, value in flatten(values).items():
+        _check_key(key)
+        section, _, name = key.rpartition(".")
+        target = config[section] if section else config
+        target[name] = tuple(value) if isinstance(value, list) else value
+    check(config, "the checkpoint")
+    return config.lock()
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """One "key: old -> new" for every value that differs and that resuming may not change."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(RESUMABLE)
+    ]
