@@ -1,0 +1,1 @@
+"""The maths of diffusion: schedules, samplers, guidance. Knows functions, not networks."""

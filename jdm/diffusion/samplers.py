@@ -1,0 +1,117 @@
+"""Samplers: from noise to images, given any eps_fn(x, t) -> Estimate.
+
+Owns the order of steps and their noise. Does not know what an eps_fn does inside: a plain network,
+one under guidance and an exact score all look alike. A sampler is a `step`; `sample` drives
+it with a single lax.scan over timesteps of the original chain, so a network always sees the t
+it was trained with, however few the steps.
+
+(7)  ancestral   x_s ~ N(posterior mean of the estimated x_0, variance)   Ho et al. 2020, alg. 2
+(8)  ddim        x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma²) eps + sigma z,
+                 sigma = eta sqrt(variance of (2))                        Song et al. 2021, eq. 12
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jdm.diffusion.process import Diffusion, Estimate, Images, pick
+
+EpsFn = Callable[[Images, Int[Array, " b"]], Estimate]
+
+
+class Position(NamedTuple):
+    """Where a step goes: from t to a less noisy time, by their abar (1 is the clean image)."""
+
+    t: Int[Array, " b"]
+    abar_t: Float[Array, ""]
+    abar_s: Float[Array, ""]
+
+
+def ancestral(diffusion: Diffusion, eta: float) -> Callable:
+    """(7): a draw from the reverse posterior; the last step takes its mean. eta is not used."""
+    del eta
+
+    def step(x, x0, estimate, position, draw):
+        t, abar_t, abar_s = position
+        mean = diffusion.posterior_mean(x0, x, abar_t, abar_s)
+        deviation = jnp.exp(0.5 * diffusion.log_variance(estimate, t, abar_t, abar_s))
+        return jnp.where(abar_s < 1, mean + deviation * draw(), mean)
+
+    return step
+
+
+def ddim(diffusion: Diffusion, eta: float) -> Callable:
+    """(8): deterministic at eta = 0, as noisy as the posterior at eta = 1."""
+    del diffusion
+
+    def step(x, x0, estimate, position, draw):
+        _, abar_t, abar_s = position
+        sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
+        direction = jnp.sqrt(jnp.maximum(1 - abar_s - sigma**2, 0)) * estimate.eps
+        x = jnp.sqrt(abar_s) * x0 + direction
+        return x + sigma * draw() if eta else x
+
+    return step
+
+
+SAMPLERS: dict[str, Callable] = {"ancestral": ancestral, "ddim": ddim}
+
+
+def timesteps(total: int, steps: int) -> Int[np.ndarray, " steps"]:
+    """`steps` of the `total` times, evenly spaced from total - 1 down to 0.
+
+    Raises ValueError unless 1 <= steps <= total.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps={steps} must lie between 1 and diffusion.steps={total}")
+    return np.linspace(total - 1, 0, steps).round().astype(np.int32)
+
+
+def image_noise(keys: Key[Array, " b"], index, shape: tuple[int, ...]) -> Images:
+    """Standard normal noise [B, *shape]: row i depends on its own key and the index alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def sample(
+    eps_fn: EpsFn,
+    diffusion: Diffusion,
+    keys: Key[Array, " b"],
+    shape: tuple[int, int, int],
+    *,
+    sampler: str = "ddim",
+    steps: int = 50,
+    eta: float = 0.0,
+    clip: bool = True,
+) -> Images:
+    """Images [B, *shape] (in [-1, 1] where clip is on), one per key, noise to image.
+
+    eps_fn: (xt [B, *shape], t int32 [B]) -> Estimate. steps: how many of the diffusion's T times
+    are visited. eta: see `ddim`. clip: hold the estimate of x0 in [-1, 1]; eps is then recomputed
+    from it, so that the two stay consistent.
+
+    Raises ValueError for an unknown sampler and for steps outside [1, T].
+    """
+    step = SAMPLERS[pick("sampler", sampler, SAMPLERS)](diffusion, eta)
+    times = timesteps(diffusion.steps, steps)
+    abar_t = diffusion.abar[times]
+    abar_s = np.append(abar_t[1:], 1.0)
+    xs = (times, abar_t.astype(np.float32), abar_s.astype(np.float32))
+
+    def body(x, at):
+        time, abar_t, abar_s = at
+        t = jnp.full(x.shape[:1], time)
+        estimate = eps_fn(x, t)
+        x0 = diffusion.x0_from_eps(x, t, estimate.eps)
+        if clip:
+            x0 = jnp.clip(x0, -1, 1)
+            estimate = estimate._replace(eps=diffusion.eps_from_x0(x, t, x0))
+        draw = functools.partial(image_noise, keys, time, shape)
+        return step(x, x0, estimate, Position(t, abar_t, abar_s), draw), None
+
+    start = image_noise(keys, diffusion.steps, shape)  # T: an index that no step uses
+    return jax.lax.scan(body, start, xs)[0]
