@@ -1,0 +1,1 @@
+"""The network: a UNet and a classifier on its encoder."""

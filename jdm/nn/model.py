@@ -1,0 +1,143 @@
+"""The joint model: one encoder, read by a decoder and by a classifier.
+
+Owns the classifier's head and the four functions everything else is built from: `encode`,
+`decode`, `classify`, `predict`. Does not own what the raw output means (jdm.diffusion does).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES, Features, UNet, level_sizes
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class ClassifierHead(nn.Module):
+    """Logits from the spatial means of every representation, meaningful at every noise level.
+
+    Each block's mean is normalised on its own, so that no block drowns the others; the time
+    enters through the embedding the blocks share, never as a raw number; nothing depends on the
+    batch. Computes in float32.
+    """
+
+    num_classes: int
+    width: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, features: Features, embedding: Float[Array, "b d"], train: bool):
+        pooled = [z.astype(jnp.float32).mean(axis=(1, 2)) for z in (features.mid, *features.skips)]
+        h = jnp.concatenate([nn.LayerNorm()(z) for z in pooled], axis=-1)
+        h = nn.Dense(self.width, name="in")(h)
+        h = h + nn.Dense(self.width, name="time")(nn.silu(embedding.astype(jnp.float32)))
+        h = nn.silu(nn.LayerNorm(name="norm")(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        return nn.Dense(self.num_classes, name="out")(h)
+
+
+class JointModel(nn.Module):
+    """A UNet diffusion model and a classifier that share the UNet's encoder.
+
+    image_size, image_channels: of the images [B, S, S, C]. num_classes: K. The rest of the
+    network's shape is described at `UNet`. learned_variance doubles the output channels.
+    head_width, head_dropout: of the classifier. dtype: "float32" or "bfloat16", of the
+    computation; parameters are float32 either way.
+
+    Raises ValueError, naming the config key, for sizes that do not fit together.
+    """
+
+    image_size: int
+    image_channels: int
+    num_classes: int
+    channels: int
+    multipliers: Sequence[int]
+    blocks: int
+    attention: Sequence[int]
+    heads: int
+    dropout: float
+    learned_variance: bool
+    resample: str
+    attention_order: str
+    head_width: int
+    head_dropout: float
+    dtype: str
+
+    def setup(self):
+        check_shape(self)
+        self.unet = UNet(
+            image_size=self.image_size,
+            out_channels=self.image_channels * (2 if self.learned_variance else 1),
+            channels=self.channels,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            attention=self.attention,
+            heads=self.heads,
+            dropout=self.dropout,
+            dtype=DTYPES[self.dtype],
+            resample=self.resample,
+            attention_order=self.attention_order,
+        )
+        self.head = ClassifierHead(self.num_classes, self.head_width, self.head_dropout)
+
+    def encode(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Int[Array, " b"],
+        nudges: Features | None = None,
+        train: bool = False,
+    ) -> Features:
+        """The hidden representations of x at noise level t; see `UNet.encode` for nudges."""
+        return self.unet.encode(x, t, nudges, train)
+
+    def decode(
+        self, features: Features, t: Int[Array, " b"], train: bool = False
+    ) -> Float[Array, "b h w c2"]:
+        """The raw output, float32 [B, H, W, C], or [B, H, W, 2C] with learned variance."""
+        return self.unet.decode(features, t, train)
+
+    def classify(
+        self, features: Features, t: Int[Array, " b"], train: bool = False
+    ) -> Float[Array, "b k"]:
+        """Logits, float32 [B, K], of representations that were encoded at noise level t."""
+        return self.head(features, self.unet.embed(t), train)
+
+    def predict(
+        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], train: bool = False
+    ) -> tuple[Float[Array, "b h w c2"], Float[Array, "b k"]]:
+        """(raw output, logits) of one encoder pass."""
+        features = self.encode(x, t, train=train)
+        return self.decode(features, t, train), self.classify(features, t, train)
+
+    __call__ = predict
+
+
+def check_shape(model: JointModel) -> None:
+    """Raises ValueError, in one sentence with the config key, where the sizes do not fit."""
+    sizes = level_sizes(model.image_size, len(model.multipliers))
+    for side in model.attention:
+        if side not in sizes:
+            raise ValueError(
+                f"model.attention={tuple(model.attention)} asks for {side}, which no level has; "
+                f"the levels of model.image_size={model.image_size} are {sizes}"
+            )
+    # The middle always attends, so the last level's width must divide too.
+    for level, side in enumerate(sizes):
+        width = model.channels * model.multipliers[level]
+        attends = side in model.attention or level == len(sizes) - 1
+        if attends and width % model.heads:
+            raise ValueError(
+                f"model.heads={model.heads} does not divide the {width} channels of the level of "
+                f"{side}×{side}"
+            )
+    for key, known in (
+        ("resample", RESAMPLES),
+        ("attention_order", ATTENTION_ORDERS),
+        ("dtype", DTYPES),
+    ):
+        if getattr(model, key) not in known:
+            raise ValueError(
+                f"model.{key}={getattr(model, key)!r} is unknown; known: {', '.join(known)}"
+            )
