@@ -1,0 +1,1 @@
+"""How the network learns: the joint loss, one step, and what builds them from a config."""
