@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             seed=0,  # of the weights, the order of the images, and every draw in training
             data=dict(
                 name="digits",
-                dir="",  # where prepared data sets are; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+                dir="",  # of prepared data sets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
                 batch_size=64,  # global: over all devices of all hosts
             ),
             model=dict(
@@ -34,9 +34,7 @@ def get_config() -> ConfigDict:
                 head_dropout=0.3,
                 dtype="float32",
             ),
-            diffusion=dict(
-                steps=1000, schedule="linear", prediction="eps", variance="fixed_large"
-            ),
+            diffusion=dict(steps=1000, schedule="linear", prediction="eps", variance="fixed_large"),
             loss=dict(
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both

@@ -133,7 +133,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"section.key": value} of a nested config."""
     flat = {}
     for key, value in config.items():

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES, Features, UNet, level_sizes
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
 
 class ClassifierHead(nn.Module):

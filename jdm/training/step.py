@@ -19,9 +19,12 @@ STREAMS = ("t", "noise", "dropout")
 
 @struct.dataclass
 class TrainState:
-    """What changes from step to step. step: how many were done, int32 []. ema: mean of params."""
+    """What changes from step to step; also its shapes or shardings, in the same places.
 
-    step: Int[Array, ""]
+    step: how many were done, int32 []. ema: moving average of params. optimiser: its state.
+    """
+
+    step: Any
     params: Any
     ema: Any
     optimiser: Any

@@ -1,0 +1,39 @@
+"""Evaluation of a trained model on a data split; yields (name, value).
+
+Owns the protocol: which images, which noise level, what is summed and divided when. The numbers
+themselves are simple enough to stand here.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jdm.data.pipeline import eval_batches
+from jdm.diffusion.process import pixels_to_float
+from jdm.joint import Joint
+from jdm.training.loss import masked_cross_entropy
+
+
+def classification(
+    joint: Joint,
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    batch_size: int,
+) -> Iterator[tuple[str, float]]:
+    """("accuracy", fraction) and ("cross_entropy", nats) of clean images at t = 0.
+
+    Sums over the labelled images (label -1 is not) and divides once, so that the batch size makes
+    no difference. Raises ValueError where no image is labelled.
+    """
+    sums = np.zeros(3)
+    for batch in eval_batches(images, labels, batch_size):
+        logits = joint.logits(pixels_to_float(jnp.asarray(batch["image"])))
+        labelled = np.where(batch["mask"], batch["label"], -1)
+        sums += np.array(masked_cross_entropy(logits, jnp.asarray(labelled)), np.float64)
+    entropy, correct, count = sums
+    if count == 0:
+        raise ValueError("no image of the split is labelled")
+    yield "accuracy", correct / count
+    yield "cross_entropy", entropy / count

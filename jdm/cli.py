@@ -1,0 +1,255 @@
+"""The commands: jdm train, jdm sample, jdm eval.
+
+Owns flags, and how an error reaches the user: one sentence and no traceback, with exit status 2
+for what was typed wrong and 1 for what went wrong on the way. Flags and configs are checked before
+JAX is imported, which is why the imports stand inside the commands.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from jdm import config as configs
+
+
+class UsageError(Exception):
+    """A flag that cannot be right: exit status 2."""
+
+
+class Failure(Exception):
+    """What a user may meet and no flag could have told: exit status 1."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command line and exits with its status."""
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [flag for flag in argv if flag.startswith("--config.")]
+    parser = _parser()
+    arguments = parser.parse_args([flag for flag in argv if flag not in overrides])
+    arguments.overrides = overrides
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        if overrides and arguments.command != "train":
+            raise UsageError(f"{overrides[0]} goes with jdm train; a checkpoint has its config")
+        arguments.run(arguments)
+    except (UsageError, configs.ConfigError) as error:
+        _exit(arguments.command, error, 2)
+    except (Failure, OSError) as error:
+        _exit(arguments.command, error, 1)
+    except KeyboardInterrupt:
+        _exit(arguments.command, "interrupted", 130)
+
+
+def _exit(command: str, error: object, status: int) -> None:
+    print(f"jdm {command}: {error}", file=sys.stderr)
+    sys.exit(status)
+
+
+# Commands ----------------------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """jdm train"""
+    config = configs.load(arguments.config, arguments.overrides)
+    workdir = Path(arguments.workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"--workdir={workdir} is a file; a folder is needed")
+
+    use_compilation_cache()
+    from jdm import trainer
+    from jdm.checkpoint import CheckpointError
+    from jdm.data.pipeline import DataError
+
+    try:
+        trainer.train(config, workdir, dry_run=arguments.dry_run)
+    except (CheckpointError, DataError, trainer.NonFiniteError) as error:
+        raise Failure(error) from error
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """jdm sample"""
+    seeds = _numbers("seeds", arguments.seeds)
+    labels = None
+    if arguments.labels is not None:
+        asked = _numbers("labels", arguments.labels)
+        labels = list(itertools.islice(itertools.cycle(asked), len(seeds)))
+    out = _writable(arguments.out)
+
+    use_compilation_cache()
+    from jdm import sampling
+
+    options = dict(
+        labels=labels,
+        seeds=seeds,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        scale=arguments.scale,
+        eta=arguments.eta,
+        batch_size=arguments.batch_size,
+    )
+    try:
+        sampling.check_format(out)
+        joint = _load(arguments.checkpoint)
+        sampling.check(joint, **options)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    samples = sampling.sample(joint, **options)
+    samples.save(out)
+    print(f"wrote {len(seeds)} images to {out}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """jdm eval"""
+    use_compilation_cache()
+    from jdm.analysis.evaluate import classification
+    from jdm.data.datasets import dataset
+    from jdm.data.pipeline import DataError, load_split
+
+    joint = _load(arguments.checkpoint)
+    name = joint.config.data.name
+    splits = dataset(name).splits
+    if arguments.split not in splits:
+        raise UsageError(f"--split={arguments.split} is unknown; {name} has {', '.join(splits)}")
+    data_dir = arguments.data_dir or joint.config.data.dir
+    try:
+        images, labels = load_split(name, arguments.split, data_dir)
+    except DataError as error:
+        raise Failure(error) from error
+    report = {
+        "checkpoint": arguments.checkpoint,
+        "data": name,
+        "split": arguments.split,
+        "images": len(images),
+        **dict(classification(joint, images, labels, joint.config.eval.batch_size)),
+    }
+    for key, value in report.items():
+        print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
+    if arguments.out:
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "report.json.partial"
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(folder / "report.json")
+        print(f"wrote {folder / 'report.json'}")
+
+
+# What they share ---------------------------------------------------------------------------------
+
+
+def _load(path: str):
+    """The Joint at --checkpoint."""
+    from jdm.checkpoint import CheckpointError
+    from jdm.joint import load
+
+    try:
+        return load(path)
+    except (CheckpointError, configs.ConfigError) as error:
+        raise UsageError(f"--checkpoint={path}: {error}") from error
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user has said where, or that not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jdm" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """[0, 1, 2, 3, 9] of "0-3,9"."""
+    numbers = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(
+                f"--{flag}={text} is not a list of whole numbers and ranges, such as 0-63 or 1,5"
+            )
+        numbers += range(int(first), int(last if dash else first) + 1)
+    if not numbers:
+        raise UsageError(f"--{flag}={text} is empty")
+    return numbers
+
+
+def _writable(out: str) -> Path:
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise UsageError(f"--out={out}: the folder {path.parent} does not exist")
+    return path
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one sentence, without the usage text above them."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jdm", description="Joint diffusion models.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name, run, help_text, example):
+        new = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=f"example: {example}",
+            allow_abbrev=False,
+        )
+        new.set_defaults(run=run)
+        return new
+
+    new = command(
+        "train",
+        train,
+        "Train a joint model; the same command resumes.",
+        "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-4",
+    )
+    new.add_argument(
+        "--config", required=True, help=f"{', '.join(configs.names())}, or the path of a .py file"
+    )
+    new.add_argument("--workdir", required=True, help="where checkpoints and figures go")
+    new.add_argument(
+        "--config.SECTION.KEY",
+        dest="unused",
+        metavar="VALUE",
+        help="override a value of the config",
+    )
+    new.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
+
+    new = command(
+        "sample",
+        sample,
+        "Generate images.",
+        "jdm sample --checkpoint=runs/digits --seeds=0-63 --labels=0,1,2 "
+        "--guidance=representation --out=samples.png",
+    )
+    new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
+    new.add_argument("--seeds", default="0-15", help="one image each: 0-63, or 1,5,9 (0-15)")
+    new.add_argument("--labels", help="classes, cycled over the seeds: 0,1,2")
+    new.add_argument("--guidance", default="none", help="none, pixel or representation (none)")
+    new.add_argument("--scale", type=float, help="of the guidance (its own default)")
+    new.add_argument("--sampler", default="ddim", help="ddim or ancestral (ddim)")
+    new.add_argument("--steps", type=int, default=50, help="noise levels visited (50)")
+    new.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
+    new.add_argument("--batch_size", type=int, default=64, help="images per device and call (64)")
+    new.add_argument("--out", default="samples.png", help="a .png or .npz file (samples.png)")
+
+    new = command(
+        "eval",
+        evaluate,
+        "Accuracy and cross-entropy.",
+        "jdm eval --checkpoint=runs/digits --out=report/",
+    )
+    new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
+    new.add_argument("--split", default="test", help="train, validation or test (test)")
+    new.add_argument("--data_dir", default="", help="where prepared data is, if not as in training")
+    new.add_argument("--out", help="a folder for report.json")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

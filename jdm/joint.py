@@ -1,0 +1,164 @@
+"""Joint: a trained joint model with its weights; what one holds in a notebook.
+
+Owns loading, and the two questions everything else asks of a trained network: its estimate of the
+noise, and its logits. Does not train, sample or plot.
+"""
+
+import dataclasses
+import functools
+import os
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from jdm import checkpoint
+from jdm import config as configs
+from jdm.diffusion.guidance import Network
+from jdm.diffusion.process import Diffusion, pixels_to_float
+from jdm.mesh import make_mesh, replicated
+from jdm.nn.model import JointModel, check_shape
+
+
+def make_network(model: JointModel, diffusion: Diffusion, params: Any) -> Network:
+    """The three functions that guidance and samplers see of a model with its weights."""
+
+    def apply(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    return Network(
+        encode=functools.partial(apply, "encode"),
+        decode=lambda features, x, t: diffusion.estimate(apply("decode", features, t), x, t),
+        classify=functools.partial(apply, "classify"),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _denoise(model, diffusion, params, xt, t):
+    network = make_network(model, diffusion, params)
+    return network.decode(network.encode(xt, t), xt, t).eps
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(model, diffusion, params, x, t):
+    network = make_network(model, diffusion, params)
+    return network.classify(network.encode(x, t), t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A joint model, its diffusion and its weights.
+
+    config: the resolved config it was trained with. params: the moving average of the weights.
+    """
+
+    config: ConfigDict
+    model: JointModel
+    diffusion: Diffusion
+    params: Any = dataclasses.field(repr=False)
+
+    def denoise(self, xt: Float[Array, "b h w c"], t: Int[Array, " b"]) -> Float[Array, "b h w c"]:
+        """The noise estimate [B, H, W, C] for xt at noise level t, int32 [B] in [0, T)."""
+        return _denoise(self.model, self.diffusion, self.params, xt, t)
+
+    def logits(
+        self, x: Float[Array, "b h w c"], t: Int[Array, " b"] | int = 0
+    ) -> Float[Array, "b k"]:
+        """Logits [B, K] for x at noise level t. t = 0 is what "the class of an image" means."""
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x.shape[:1])
+        return _logits(self.model, self.diffusion, self.params, x, t)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of its images."""
+        return (self.model.image_size, self.model.image_size, self.model.image_channels)
+
+
+def load(path: str | os.PathLike, step: int | None = None) -> Joint:
+    """The trained model in a work folder (or at <work folder>/checkpoints/<step>).
+
+    step: which checkpoint; the newest where none is named. Reads weights and config only, and
+    verifies their checksums. The weights are laid on all devices.
+
+    Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one.
+    """
+    workdir = epath.Path(path)
+    if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
+        workdir, step = workdir.parent.parent, int(workdir.name)
+    step = checkpoint.newest(workdir) if step is None else step
+    config = configs.from_dict(checkpoint.read_config(workdir, step))
+    model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
+    target = abstract_params(model, replicated(make_mesh()))
+    return Joint(
+        config, model, diffusion, checkpoint.restore(workdir, step, weights=target)["weights"]
+    )
+
+
+def abstract_params(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
+    """Shapes, dtypes and sharding of the model's parameters."""
+    check_shape(model)
+    x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))["params"]
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
+def opened(joint: "Joint | str | os.PathLike") -> Joint:
+    """The Joint itself, or the one at that path: every public function takes either."""
+    return joint if isinstance(joint, Joint) else load(joint)
+
+
+def check_images(joint: Joint, images: Any) -> np.ndarray:
+    """Images [N, H, W, C] as the network takes them: uint8, or float32 in [-1, 1].
+
+    Raises ValueError for another shape, dtype or range; warns where floats are never negative.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1:] != joint.image_shape:
+        raise ValueError(
+            f"images have the shape {images.shape}; this model takes [N, H, W, C] = "
+            f"(N, {', '.join(map(str, joint.image_shape))})"
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images have the dtype {images.dtype}; uint8 or float is allowed")
+    if images.size:
+        low, high = float(images.min()), float(images.max())
+        if not (low >= -1 and high <= 1):  # also where there is a NaN
+            raise ValueError(
+                f"float images range over [{low:g}, {high:g}]; they must lie in [-1, 1], or be "
+                "uint8 in [0, 255]"
+            )
+        if low >= 0:
+            warnings.warn(
+                f"float images range over [{low:g}, {high:g}] and are taken to lie in [-1, 1]; if "
+                "they lie in [0, 1], pass 2 * images - 1",
+                stacklevel=3,
+            )
+    return images.astype(np.float32)
+
+
+def classify(
+    joint: "Joint | str | os.PathLike", images: Any, *, batch_size: int = 256
+) -> Float[np.ndarray, "n k"]:
+    """Class probabilities, float32 [N, K], of uint8 images [N, H, W, C], or floats in [-1, 1].
+
+    batch_size: how many go through the network at once. Rows sum to 1.
+
+    Raises ValueError for images of another shape, dtype or range.
+    """
+    joint = opened(joint)
+    images = check_images(joint, images)
+    rows = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        pad = min(batch_size, len(images)) - len(batch)
+        batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
+        x = pixels_to_float(jnp.asarray(batch)) if batch.dtype == np.uint8 else jnp.asarray(batch)
+        rows.append(np.asarray(jax.nn.softmax(joint.logits(x)))[: len(batch) - pad])
+    return np.concatenate(rows) if rows else np.zeros((0, joint.model.num_classes), np.float32)

@@ -1,0 +1,232 @@
+"""train(config, workdir): the one place that orders things.
+
+Owns the run: what is checked first, what is restored, when it logs, evaluates and saves. The
+learning itself is in jdm.training.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jdm import checkpoint
+from jdm import config as configs
+from jdm.analysis.evaluate import classification
+from jdm.data.datasets import dataset
+from jdm.data.pipeline import BatchIterator, load_split, train_batches
+from jdm.joint import Joint
+from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
+from jdm.tracking import MetricLog, Progress
+from jdm.training.build import Run, build
+from jdm.training.step import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient that is not a finite number; the message names the step."""
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+    """Trains as the config says, or goes on where the work folder's last checkpoint stands.
+
+    dry_run: build and compile, say how large it is, write nothing.
+
+    Raises ConfigError for a config that does not fit together or differs from the work folder's,
+    CheckpointError where saving fails, NonFiniteError where the loss is no number any more.
+    """
+    started = time.monotonic()
+    workdir = Path(workdir)
+    mesh = make_mesh()
+    run = prepare(config, mesh)
+    claim(config, workdir, write=not dry_run)
+    root = jax.random.key(config.seed)
+
+    if dry_run:
+        _compile(config, run, mesh, root)
+        print("dry run: nothing was written")
+        return
+
+    newest = checkpoint.newest_whole(workdir)
+    if newest is not None and newest >= config.train.steps:
+        print(f"{workdir} is trained already: {newest} of {config.train.steps} steps")
+        return
+    images, labels = load_split(config.data.name, "train", config.data.dir)
+    _check_labels(labels, config.model.num_classes)
+    held_out = load_split(config.data.name, "validation", config.data.dir)
+    batches = train_batches(
+        images,
+        labels,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    step = _compile(config, run, mesh, root)
+    if newest is None:
+        state, start = run.init(root), 0
+    else:
+        state, start = restore(run, workdir, newest, batches), newest
+        print(f"going on from step {newest} of {workdir}")
+
+    def due(every: int, done: int) -> bool:
+        return done == config.train.steps or (every > 0 and done % every == 0)
+
+    pending: list[dict] = []  # averages still on the device, of the steps since the last row
+    with (
+        MetricLog(workdir, start, started) as log,
+        Progress(config.train.steps, "training", "steps", done=start) as progress,
+    ):
+        since = time.monotonic()
+        for done in range(start + 1, config.train.steps + 1):
+            state, averages = step(state, to_global(next(batches), mesh), root)
+            pending.append(averages)
+            progress.advance()
+
+            logs, evaluates, saves = (
+                due(section.every, done) for section in (config.log, config.eval, config.checkpoint)
+            )
+            row = {}
+            if logs or evaluates or saves:
+                rate = len(pending) * config.data.batch_size
+                row = fetch(pending, first=done - len(pending) + 1)
+                row["train/images_per_second"] = rate / (time.monotonic() - since)
+                pending = []
+            if evaluates:
+                joint = Joint(config, run.model, run.diffusion, state.ema)
+                for name, value in classification(joint, *held_out, config.eval.batch_size):
+                    row[f"eval/{name}"] = value
+            if row:
+                log.write(done, done * config.data.batch_size, row)
+                progress.say(_line(done, row))
+            if saves:
+                save(config, workdir, state, batches)
+            if row:
+                since = time.monotonic()
+
+
+def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
+    """The parts of a run, after every check that needs no data. Raises ConfigError."""
+    facts = dataset(config.data.name)
+    for key, fact in (
+        ("image_size", facts.image_size),
+        ("image_channels", facts.channels),
+        ("num_classes", facts.num_classes),
+    ):
+        if config.model[key] != fact:
+            raise configs.ConfigError(
+                f"config.model.{key}={config.model[key]} does not fit "
+                f"config.data.name={config.data.name!r}, which has {fact}"
+            )
+    try:
+        check_batch(config.data.batch_size, mesh, "data.batch_size")
+        return build(config, replicated(mesh))
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+
+
+def claim(config: ConfigDict, workdir: Path, write: bool) -> None:
+    """Makes the work folder this config's. Raises ConfigError where it is another's."""
+    path = workdir / "config.json"
+    if path.exists():
+        differing = configs.differences(configs.from_dict(json.loads(path.read_text())), config)
+        if differing:
+            raise configs.ConfigError(
+                f"--workdir={workdir} holds a run with another config ({'; '.join(differing)}); "
+                "choose another folder, or the same values"
+            )
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name("config.json.partial")
+        partial.write_text(json.dumps(configs.to_dict(config), indent=2) + "\n")
+        partial.replace(path)
+
+
+def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> TrainState:
+    """The state that was saved at a step; `batches` takes its position."""
+    abstract = run.state
+    items = checkpoint.restore(
+        workdir, step, weights=abstract.ema, train_state=_without_ema(abstract)
+    )
+    batches.set_state(checkpoint.read_data(workdir, step))
+    return TrainState(ema=items["weights"], **items["train_state"])
+
+
+def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIterator) -> None:
+    """A checkpoint of everything the next step depends on."""
+    checkpoint.save(
+        workdir,
+        int(state.step),
+        weights=state.ema,
+        train_state=_without_ema(state),
+        data=batches.get_state(),
+        config=configs.to_dict(config),
+        keep=config.checkpoint.keep,
+    )
+
+
+def _without_ema(state: TrainState) -> dict[str, Any]:
+    """The item `train_state`: the averages are the item `weights`, and stored once."""
+    return {"step": state.step, "params": state.params, "optimiser": state.optimiser}
+
+
+def fetch(pending: list[dict], first: int) -> dict[str, float]:
+    """{train/name: average} over steps; first: the number of the first of them.
+
+    The one place where the training loop reads from the device. Raises NonFiniteError.
+    """
+    rows = jax.device_get(pending)
+    for number, row in enumerate(rows, first):
+        for name, (total, _) in row.items():
+            if not np.isfinite(total):
+                raise NonFiniteError(
+                    f"{name} is {total} at step {number}; nothing was saved since the last "
+                    "checkpoint; a lower optim.lr or a higher optim.warmup_steps may help"
+                )
+    averages = {}
+    for name in rows[0]:
+        total, count = np.sum([row[name] for row in rows], axis=0, dtype=np.float64)
+        if count:  # no label among the images: no average, and no row
+            averages[f"train/{name}"] = total / count
+    return averages
+
+
+def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
+    """The compiled step, after saying what is compiled."""
+    shape = (config.model.image_size, config.model.image_size, config.model.image_channels)
+    rows = config.data.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, *shape), np.uint8, sharding=by_row(mesh)),
+        "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_row(mesh)),
+    }
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    kind = jax.devices()[0].device_kind
+    print(
+        f"compiling the training step: {count:,} parameters, batches of {rows} images "
+        f"{'×'.join(map(str, shape))}, {mesh.size} device{'s' * (mesh.size > 1)} ({kind})",
+        flush=True,
+    )
+    started = time.monotonic()
+    compiled = run.step.lower(run.state, batch, root).compile()
+    memory = compiled.memory_analysis()
+    needs = ""
+    if memory is not None:
+        size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
+    print(f"compiled in {time.monotonic() - started:.0f} s{needs}", flush=True)
+    return compiled
+
+
+def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+    wrong = labels[(labels < -1) | (labels >= num_classes)]
+    if wrong.size:
+        raise configs.ConfigError(
+            f"config.model.num_classes={num_classes}, but the data hold the label {wrong[0]}"
+        )
+
+
+def _line(done: int, row: dict[str, float]) -> str:
+    return f"step {done}  " + "  ".join(f"{name} {value:.4g}" for name, value in row.items())

@@ -1,0 +1,35 @@
+import json
+import time
+
+from jdm.tracking import MetricLog, Progress, read_metrics
+
+
+def test_rows_go_to_jsonl_and_tensorboard(tmp_path):
+    with MetricLog(tmp_path, 0, time.monotonic()) as log:
+        log.write(2, 64, {"train/loss": 0.5})
+        log.write(4, 128, {"train/loss": 0.25, "eval/accuracy": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [list(row)[:3] for row in rows] == [["step", "images", "seconds"]] * 2
+    assert rows == read_metrics(tmp_path)
+    assert rows[1]["eval/accuracy"] == 1.0 and rows[1]["images"] == 128
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_resuming_takes_out_what_will_be_written_again(tmp_path):
+    with MetricLog(tmp_path, 0, time.monotonic() - 100) as log:
+        for step in (1, 2, 3):
+            log.write(step, step, {"train/loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "ima')  # a kill in the middle of a line
+    with MetricLog(tmp_path, 2, time.monotonic()) as log:
+        log.write(3, 3, {"train/loss": 30.0})
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["train/loss"] == 30.0
+    assert rows[-1]["seconds"] >= rows[1]["seconds"] >= 100  # counted over both starts
+
+
+def test_progress_in_plain_lines_where_there_is_no_terminal(capsys):
+    with Progress(10, "sampling", "images", done=4, every=0.0) as progress:
+        progress.advance(3)
+    err = capsys.readouterr().err
+    assert "sampling: 7/10 images" in err and "s left" in err and "\r" not in err

@@ -1,0 +1,161 @@
+"""A run through real data and real checkpoints: resuming, claiming a folder, stopping."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jdm import checkpoint, trainer
+from jdm import config as configs
+from jdm.joint import load
+from jdm.tracking import read_metrics
+
+
+def config_of(**sections):
+    config = configs.load("tiny")
+    with config.unlocked():
+        for section, values in sections.items():
+            config[section].update(values)
+    return config
+
+
+def leaves(workdir, step):
+    """Every array of a checkpoint, as saved."""
+    config = configs.from_dict(checkpoint.read_config(workdir, step))
+    run = trainer.prepare(config, trainer.make_mesh())
+    target = {
+        "step": run.state.step,
+        "params": run.state.params,
+        "optimiser": run.state.optimiser,
+    }
+    items = checkpoint.restore(workdir, step, weights=run.state.ema, train_state=target)
+    return jax.tree.leaves_with_path(jax.device_get(items))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run of two steps, resumed for two more."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    trainer.train(config_of(train=dict(steps=2)), workdir)
+    trainer.train(config_of(), workdir)
+    return workdir
+
+
+def test_two_steps_and_two_more_are_four_bitwise(interrupted, tiny):
+    ours, straight = leaves(interrupted, 4), leaves(tiny, 4)
+    assert len(ours) == len(straight) > 100
+    for (path, a), (_, b) in zip(ours, straight, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert checkpoint.read_data(interrupted, 4) == checkpoint.read_data(tiny, 4)
+
+
+def test_loss_curve_is_the_one_that_would_have_been(interrupted, tiny):
+    ours, straight = read_metrics(interrupted), read_metrics(tiny)
+    assert [row["step"] for row in ours] == [1, 2, 3, 4]
+    for a, b in zip(ours, straight, strict=True):
+        for name in set(a) - {"seconds", "train/images_per_second"}:
+            assert a[name] == b[name]
+
+
+def test_rows_hold_what_the_design_lists(tiny):
+    rows = read_metrics(tiny)
+    wanted = {"loss", "diffusion", "cross_entropy", "accuracy", "images_per_second"}
+    assert {f"train/{name}" for name in wanted} <= set(rows[0])
+    assert rows[-1]["images"] == 4 * 16 and "eval/accuracy" in rows[-1]
+    assert "eval/accuracy" not in rows[0]  # every two steps
+
+
+def test_a_finished_run_is_left_alone(tiny, capsys):
+    before = (tiny / "metrics.jsonl").read_bytes()
+    trainer.train(config_of(), tiny)
+    assert "trained already" in capsys.readouterr().out
+    assert (tiny / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flipped_bit_costs_one_checkpoint_and_nothing_else(interrupted, tiny, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(interrupted, workdir)
+    files = [p for p in (workdir / "checkpoints" / "4" / "weights").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        load(workdir, step=4)
+    trainer.train(config_of(), workdir)
+    out = capsys.readouterr().out
+    assert "set aside a damaged checkpoint" in out and "going on from step 2" in out
+    assert (workdir / "checkpoints" / "4.bad").is_dir()
+    for (_, a), (_, b) in zip(leaves(workdir, 4), leaves(tiny, 4), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    trainer.train(config_of(), tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    out = capsys.readouterr().out
+    assert "compiling the training step" in out and "MiB" in out
+
+
+def test_a_folder_of_another_config_is_refused_by_key(interrupted):
+    before = (interrupted / "config.json").read_bytes()
+    other = config_of(optim=dict(lr=0.5), model=dict(channels=16), train=dict(steps=9))
+    with pytest.raises(configs.ConfigError) as info:
+        trainer.train(other, interrupted)
+    said = str(info.value)
+    assert "optim.lr: 0.001 -> 0.5" in said and "model.channels: 8 -> 16" in said
+    assert "train.steps" not in said
+    assert (interrupted / "config.json").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
+    config = config_of(optim=dict(lr=1e30, clip_norm=0.0), log=dict(every=3))
+    with pytest.raises(trainer.NonFiniteError, match=r" at step [234]; "):
+        trainer.train(config, tmp_path / "run")
+    assert 4 not in checkpoint.steps(tmp_path / "run")
+
+
+def test_averages_are_sums_over_counts_and_name_the_first_bad_step():
+    def row(total, count):
+        return {"loss": (np.float32(total), np.float32(count))}
+
+    assert trainer.fetch([row(6, 2), row(0, 0), row(3, 4)], first=1) == {"train/loss": 1.5}
+    assert trainer.fetch([row(0, 0)], first=1) == {}  # nothing was labelled: no figure
+    with pytest.raises(trainer.NonFiniteError, match="loss is nan at step 11;"):
+        trainer.fetch([row(1, 1), row(np.nan, 1), row(np.inf, 1)], first=10)
+
+
+def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
+    reads = []
+    fetch = trainer.fetch
+    monkeypatch.setattr(trainer, "fetch", lambda *a, **k: reads.append(len(a[0])) or fetch(*a, **k))
+    config = config_of(log=dict(every=4), eval=dict(every=0), checkpoint=dict(every=0))
+    trainer.train(config, tmp_path / "run")
+    assert reads == [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(model=dict(attention=(3,))), "model.attention"),
+        (dict(model=dict(num_classes=7)), "model.num_classes=7"),
+        (dict(model=dict(image_size=16)), "model.image_size=16"),
+        (dict(model=dict(multipliers=(1, 1, 1, 1, 1))), "does not divide by 16"),
+        (dict(model=dict(heads=3)), "model.heads=3"),
+        (dict(diffusion=dict(steps=15)), "diffusion.steps=15"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_sentence_before_anything_is_written(tmp_path, change, said):
+    with pytest.raises(configs.ConfigError, match=said) as info:
+        trainer.train(config_of(**change), tmp_path / "run")
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_is_saved_beside_and_in_the_checkpoint(tiny):
+    beside = json.loads((tiny / "config.json").read_text())
+    assert beside == checkpoint.read_config(tiny, 4)
+    assert configs.from_dict(beside) == load(tiny).config == configs.load("tiny")
