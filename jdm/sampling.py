@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, UInt8, UInt32
 
 from jdm import plot
 from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE
@@ -30,6 +30,7 @@ from jdm.mesh import by_row, make_mesh
 from jdm.tracking import Progress
 
 FORMATS = (".png", ".npz")
+Numbers = Sequence | np.ndarray  # what they must hold is checked, and said in one sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Samples:
 
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, " n"] | None
-    seeds: Int[np.ndarray, " n"]
+    seeds: UInt32[np.ndarray, " n"]
     settings: dict[str, Any]
 
     def save(self, path: str | os.PathLike) -> None:
@@ -85,8 +86,8 @@ def sample(
     joint: Joint | str | os.PathLike,
     n: int | None = None,
     *,
-    labels: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
+    labels: Numbers | None = None,
+    seeds: Numbers | None = None,
     sampler: str = "ddim",
     steps: int = 50,
     guidance: str = "none",
@@ -158,8 +159,8 @@ def check(
     joint: Joint,
     n: int | None = None,
     *,
-    labels: Sequence[int] | None,
-    seeds: Sequence[int] | None,
+    labels: Numbers | None,
+    seeds: Numbers | None,
     sampler: str,
     steps: int,
     guidance: str,
@@ -236,7 +237,7 @@ def _rows(joint: Joint, n, labels, seeds) -> tuple[np.ndarray | None, np.ndarray
 
 
 def _whole_numbers(name: str, values) -> np.ndarray:
-    values = np.asarray(list(values) if isinstance(values, range) else values)
+    values = np.asarray(values)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
             f"{name} must be a list of whole numbers, not {values.dtype}{values.shape}"

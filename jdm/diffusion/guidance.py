@@ -28,6 +28,9 @@ from jaxtyping import Array, Float, Int
 from jdm.diffusion.process import Diffusion, Images, Times
 from jdm.diffusion.samplers import EpsFn
 
+Labels = Int[Array, " b"]
+Scale = float | Float[Array, ""]
+
 
 class Network(NamedTuple):
     """A joint network as guidance sees it.
@@ -41,7 +44,7 @@ class Network(NamedTuple):
     classify: Callable
 
 
-def _log_likelihood(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
+def _log_likelihood(logits: Float[Array, "b k"], labels: Labels) -> Float[Array, " b"]:
     """log p(y) of each row."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
 
@@ -51,7 +54,7 @@ def _inner(a: Images, b: Images) -> Float[Array, "b 1 1 1"]:
     return (a * b).sum(axis=(1, 2, 3), keepdims=True)
 
 
-def none(network: Network, diffusion: Diffusion, labels: None, scale: float) -> EpsFn:
+def none(network: Network, diffusion: Diffusion, labels: Labels | None, scale: Scale) -> EpsFn:
     """The network's own estimate."""
     del diffusion, labels, scale
 
@@ -61,7 +64,7 @@ def none(network: Network, diffusion: Diffusion, labels: None, scale: float) -> 
     return eps_fn
 
 
-def pixel(network: Network, diffusion: Diffusion, labels: Int[Array, " b"], scale: float) -> EpsFn:
+def pixel(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) -> EpsFn:
     """(13): the gradient of the classifier with respect to x_t. scale: s."""
 
     def eps_fn(x: Images, t: Times):
@@ -77,9 +80,7 @@ def pixel(network: Network, diffusion: Diffusion, labels: Int[Array, " b"], scal
     return eps_fn
 
 
-def representation(
-    network: Network, diffusion: Diffusion, labels: Int[Array, " b"], scale: float
-) -> EpsFn:
+def representation(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) -> EpsFn:
     """(14), in the sense that moves the image toward the class. scale: a."""
 
     def eps_fn(x: Images, t: Times):

@@ -68,5 +68,5 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     keep = ema_decay(state.step, decay)
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
-    averages["gradient_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    averages["gradient_norm"] = (optax.tree.norm(grads), jnp.ones(()))
     return TrainState(state.step + 1, params, ema, optimiser_state), averages

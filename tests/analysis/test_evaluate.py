@@ -33,7 +33,9 @@ def test_partial_batches_and_unlabelled_images_count_right(joint, test_split):
     hidden = labels[:100].copy()
     hidden[50:] = -1
     some = dict(classification(joint, images[:100], hidden, 64))
-    assert some == pytest.approx(dict(classification(joint, images[:50], labels[:50], 50)), rel=1e-5)
+    assert some == pytest.approx(
+        dict(classification(joint, images[:50], labels[:50], 50)), rel=1e-5
+    )
 
 
 def test_no_label_is_an_error(joint, test_split):

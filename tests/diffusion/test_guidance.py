@@ -1,0 +1,286 @@
+"""jdm.diffusion.guidance on toy networks whose answer is known in closed form.
+
+How far guidance moves the images of trained networks is tested in tests/test_digits_models.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, Network
+from jdm.diffusion.process import PREDICTIONS, Diffusion, Estimate
+from jdm.diffusion.samplers import sample
+
+DIFFUSION = Diffusion(200)
+SHAPE = (2, 2, 1)
+TIMES = jnp.asarray([0, 20, 60, 120, 199], jnp.int32)
+LABELS = jnp.asarray([0, 1, 2, 1, 0], jnp.int32)
+# Data: three equally likely classes, each a Gaussian around an image of its own.
+CENTRES = np.random.default_rng(0).uniform(-0.8, 0.8, size=(3, *SHAPE))
+VARIANCE = 0.15
+
+
+def noise(seed: int, *shape: int):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X = noise(1, 5, *SHAPE)
+
+
+def run(guidance: str, network: Network, labels=LABELS, scale: float = 1.0, x=X, t=TIMES):
+    diffusion = DIFFUSION
+    return jax.jit(GUIDANCE[guidance](network, diffusion, labels, scale))(x, t)
+
+
+# A mixture of Gaussians: the exact noise estimate and the exact classifier, in float64.
+
+
+def class_scores(x, abar):
+    """log p(x_t | class) up to a constant [B, K], of float64 x [B, ...] and abar [B]."""
+    variance = abar * VARIANCE + 1 - abar
+    offsets = x[:, None] - np.sqrt(abar)[:, None, None, None, None] * CENTRES
+    return -(offsets**2).sum(axis=(2, 3, 4)) / (2 * variance[:, None])
+
+
+def class_eps(x, abar):
+    """E[eps | x_t, class] [B, K, ...]."""
+    wide = abar[:, None, None, None, None]
+    variance = wide * VARIANCE + 1 - wide
+    return np.sqrt(1 - wide) * (x[:, None] - np.sqrt(wide) * CENTRES) / variance
+
+
+def mixture(diffusion: Diffusion) -> Network:
+    """The same in JAX, split as a network is: features, from which both are read."""
+
+    def parts(features, t):
+        abar = jnp.asarray(diffusion.abar, jnp.float32)[t]
+        scores = -features["distance"] / (2 * (abar * VARIANCE + 1 - abar)[:, None])
+        return abar[:, None, None, None, None], scores
+
+    def encode(x, t, nudges=None):
+        image = x if nudges is None else x + nudges["image"]
+        a = jnp.sqrt(jnp.asarray(diffusion.abar, jnp.float32)[t])
+        offsets = image[:, None] - a[:, None, None, None, None] * CENTRES
+        distance = (offsets**2).sum(axis=(2, 3, 4))
+        return {
+            "image": image,
+            "distance": distance if nudges is None else distance + nudges["distance"],
+        }
+
+    def decode(features, x, t):
+        abar, scores = parts(features, t)
+        shares = jax.nn.softmax(scores)[:, :, None, None, None]
+        offsets = features["image"][:, None] - jnp.sqrt(abar) * CENTRES
+        eps = jnp.sqrt(1 - abar) * offsets / (abar * VARIANCE + 1 - abar)
+        return Estimate((shares * eps).sum(axis=1), jnp.tanh(features["image"]))
+
+    return Network(encode, decode, lambda features, t: parts(features, t)[1])
+
+
+def numbers():
+    x, abar = np.asarray(X, np.float64), DIFFUSION.abar[np.asarray(TIMES)]
+    scores = class_scores(x, abar)
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    each = class_eps(x, abar)
+    return shares, each, (shares[:, :, None, None, None] * each).sum(axis=1)
+
+
+def test_none_is_the_network():
+    estimate = run("none", mixture(DIFFUSION), labels=None)
+    np.testing.assert_allclose(estimate.eps, numbers()[2], atol=1e-4)
+    np.testing.assert_allclose(estimate.log_variance, np.tanh(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5, -1.0, 0.0])
+def test_pixel_takes_from_eps_the_gradient_of_the_classifier(scale):
+    shares, each, eps = numbers()
+    # grad log p(y | x) = grad log p(x | y) - grad log p(x), and eps = -sqrt(1 - abar) grad log p.
+    asked = each[np.arange(5), np.asarray(LABELS)]
+    estimate = run("pixel", mixture(DIFFUSION), scale=scale)
+    np.testing.assert_allclose(estimate.eps, eps + scale * (asked - eps), atol=2e-4)
+
+
+def test_pixel_at_scale_one_samples_the_asked_class():
+    labels = jnp.arange(3, dtype=jnp.int32).repeat(400)
+    diffusion = Diffusion(200, variance="fixed_small")
+    eps_fn = GUIDANCE["pixel"](mixture(diffusion), diffusion, labels, 1.0)
+    keys = jax.vmap(jax.random.key)(np.arange(1200))
+    draw = jax.jit(lambda keys: sample(eps_fn, diffusion, keys, SHAPE, steps=200, clip=False))
+    images = np.asarray(draw(keys)).reshape(3, 400, *SHAPE)
+    # 400 draws: 5 % of the deviation is one standard error of the mean, 3.5 % of the deviation;
+    # 200 steps make it about 4 % too small.
+    deviation = np.sqrt(VARIANCE)
+    np.testing.assert_allclose(images.mean(axis=1), CENTRES, atol=0.2 * deviation)
+    np.testing.assert_allclose(images.std(axis=1), deviation, rtol=0.18)
+
+
+@pytest.mark.parametrize("guidance", ["pixel", "representation"])
+def test_guidance_leaves_the_variance_alone(guidance):
+    estimate = run(guidance, mixture(DIFFUSION), scale=3.0)
+    assert np.abs(estimate.eps - run("none", mixture(DIFFUSION), labels=None).eps).max() > 0.1
+    np.testing.assert_allclose(estimate.log_variance, np.tanh(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", ["pixel", "representation"])
+def test_a_network_without_learned_variance_has_none_under_guidance(guidance):
+    network = mixture(DIFFUSION)
+    fixed = network._replace(decode=lambda f, x, t: Estimate(network.decode(f, x, t).eps))
+    assert run(guidance, fixed).log_variance is None
+
+
+@pytest.mark.parametrize("guidance", ["pixel", "representation"])
+def test_rows_are_guided_each_for_itself(guidance):
+    network = mixture(DIFFUSION)
+    whole = run(guidance, network)
+    one = run(guidance, network, labels=LABELS[2:3], x=X[2:3], t=TIMES[2:3])
+    np.testing.assert_allclose(one.eps[0], whole.eps[2], atol=1e-5)
+    other = run(guidance, network, labels=LABELS.at[0].set(2))
+    np.testing.assert_allclose(other.eps[1:], whole.eps[1:], atol=1e-6)
+    assert np.abs(other.eps[0] - whole.eps[0]).max() > 1e-3
+
+
+# Representation guidance: which derivative.
+
+MIX = np.random.default_rng(2).normal(size=(4, 4)) / 2
+READ = np.random.default_rng(3).normal(size=(3, 4))
+
+
+def layers(xp, x, nudges):
+    """Two layers, the second made from the first; each takes its nudge before it is read."""
+    early = xp.tanh(x) + nudges["early"]
+    late = xp.tanh(early @ MIX) + nudges["late"]
+    return {"early": early, "late": late}
+
+
+def layered(shown: str) -> Network:
+    """A network whose eps is one of its two layers as the decoder got it, and its class too.
+
+    The decoder takes the layer with a minus, as one that predicts noise does.
+    """
+
+    def encode(x, t, nudges=None):
+        flat = x.reshape(len(x), 4)
+        zeros = {"early": jnp.zeros_like(flat), "late": jnp.zeros_like(flat)}
+        return layers(jnp, flat, nudges or zeros)
+
+    def decode(features, x, t):
+        return Estimate(features[shown].reshape(x.shape))
+
+    def classify(features, t):
+        return features["late"] @ READ.T + 0.3 * features["early"][:, :3]
+
+    return Network(encode, decode, classify)
+
+
+def log_likelihood(x, nudges):
+    """log p(label) of each row, float64."""
+    features = layers(np, x, nudges)
+    logits = features["late"] @ READ.T + 0.3 * features["early"][:, :3]
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return log_p[np.arange(5), np.asarray(LABELS)]
+
+
+def slopes(f, shape) -> np.ndarray:
+    """Central differences of f: [5, 4] -> [5], row by row."""
+    grad = np.zeros(shape)
+    for i in range(shape[1]):
+        h = np.zeros(shape)
+        h[:, i] = 1e-5
+        grad[:, i] = (f(h) - f(-h)) / 2e-5
+    return grad
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("layer", ["early", "late"])
+def test_every_representation_moves_by_the_total_derivative(layer, scale):
+    """By finite differences: the path from the early layer through the late one counts too."""
+    x = np.asarray(X, np.float64).reshape(5, 4)
+    zero = {"early": np.zeros((5, 4)), "late": np.zeros((5, 4))}
+    total = slopes(lambda h: log_likelihood(x, zero | {layer: h}), (5, 4))
+    toward = slopes(lambda h: log_likelihood(x + h, zero), (5, 4))
+    # eps + d moves the estimate of x_0 along -d: here against the class when d goes up.
+    sense = -np.sign((total * toward).sum(axis=1, keepdims=True))
+    expected = layers(np, x, zero)[layer] + scale * sense * total
+    ours = run("representation", layered(layer), scale=scale)
+    np.testing.assert_allclose(ours.eps.reshape(5, 4), expected, atol=1e-4)
+
+
+def test_the_toy_tells_total_from_direct_derivatives():
+    """What the test above would not see if the early layer had little effect on the late one."""
+    x = np.asarray(X, np.float64).reshape(5, 4)
+    zero = {"early": np.zeros((5, 4)), "late": np.zeros((5, 4))}
+    total = slopes(lambda h: log_likelihood(x, zero | {"early": h}), (5, 4))
+    features = layers(np, x, zero)
+
+    def direct_only(h):  # the late layer stays as it is
+        late = features["late"] - np.tanh((features["early"] + h) @ MIX)
+        return log_likelihood(x, {"early": h, "late": late})
+
+    assert np.abs(total - slopes(direct_only, (5, 4))).max() > 0.1
+
+
+# Representation guidance: which way.
+
+
+def gaussian_network(diffusion: Diffusion, variance: float) -> Network:
+    """The best linear decoder for N(0, variance) data, reading the one representation z = x_t.
+
+    The class is a soft half-space, so that grad log p is known to point along one image.
+    """
+
+    def encode(x, t, nudges=None):
+        return x if nudges is None else x + nudges
+
+    def decode(z, x, t):
+        a, b = diffusion.scales(t)
+        spread = a**2 * variance + b**2
+        gain = {"eps": b, "x0": a * variance, "v": a * b * (1 - variance)}[diffusion.prediction]
+        return diffusion.estimate(gain / spread * z, x, t)
+
+    def classify(z, t):
+        score = (z * CENTRES[0]).sum(axis=(1, 2, 3))
+        return jnp.stack([score, -score, jnp.zeros_like(score)], axis=1)
+
+    return Network(encode, decode, classify)
+
+
+@pytest.mark.parametrize("variance", [0.25, 4.0])  # v flips sense between them
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_positive_scale_moves_the_image_toward_the_class(prediction, variance):
+    diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
+    network = gaussian_network(diffusion, variance)
+    labels = jnp.asarray([0, 1, 0, 1, 0], jnp.int32)
+    toward = np.where(np.asarray(labels)[:, None, None, None] == 0, 1, -1) * CENTRES[0]
+    a, b = (np.asarray(q, np.float64) for q in diffusion.scales(TIMES))
+    plain = run_under("none", network, diffusion, None, 0.0)
+    for scale in (2.0, -2.0):
+        eps = run_under("representation", network, diffusion, labels, scale)
+        moved = (-b / a * (eps - plain) * toward).sum(axis=(1, 2, 3))
+        assert (np.sign(moved) == np.sign(scale)).all()
+
+
+def run_under(guidance, network, diffusion, labels, scale):
+    eps_fn = jax.jit(GUIDANCE[guidance](network, diffusion, labels, scale))
+    return np.asarray(eps_fn(X, TIMES).eps, np.float64)
+
+
+def test_the_best_decoders_are_the_best():
+    """They are what the sign test stands on: v and x0 give the noise estimate eps gives."""
+    for variance in (0.25, 4.0):
+        estimates = []
+        for prediction in PREDICTIONS:
+            diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
+            network = gaussian_network(diffusion, variance)
+            estimates.append(run_under("none", network, diffusion, None, 0.0))
+        np.testing.assert_allclose(estimates[1], estimates[0], atol=1e-3)
+        np.testing.assert_allclose(estimates[2], estimates[0], atol=1e-3)
+
+
+def test_every_guidance_has_a_default_scale():
+    assert list(DEFAULT_SCALES) == list(GUIDANCE)
+    assert all(scale > 0 for name, scale in DEFAULT_SCALES.items() if name != "none")

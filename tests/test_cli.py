@@ -1,0 +1,169 @@
+"""The commands through a real subprocess: what they write, print and exit with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jdm
+
+JDM = Path(sys.executable).with_name("jdm")
+
+
+def run(*argv, **kwargs):
+    return subprocess.run(
+        [JDM, *map(str, argv)], capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def assert_one_sentence(done, status, said):
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_train_sample_eval(tmp_path):
+    workdir = tmp_path / "run"
+    done = run("train", "--config=tiny", f"--workdir={workdir}", "--config.train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "compiling the training step" in done.stdout and "step 2" in done.stderr
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
+
+    out = tmp_path / "samples.npz"
+    done = run(
+        "sample",
+        f"--checkpoint={workdir}",
+        "--seeds=0-4,9",
+        "--labels=0,1,2",
+        "--guidance=representation",
+        "--steps=2",
+        f"--out={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as saved:
+        assert list(saved["labels"]) == [0, 1, 2, 0, 1, 2]  # cycled over the seeds
+        assert list(saved["seeds"]) == [0, 1, 2, 3, 4, 9]
+        same = jdm.sample(
+            workdir,
+            labels=saved["labels"],
+            seeds=saved["seeds"],
+            guidance="representation",
+            steps=2,
+        )
+        np.testing.assert_array_equal(saved["images"], same.images)
+
+    done = run("eval", f"--checkpoint={workdir}", f"--out={tmp_path / 'report'}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["split"] == "test" and report["images"] == 360
+    assert f"accuracy       {report['accuracy']:.4f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "--config=digits"], "--workdir"),
+        (["train", "--config=digit", "--workdir=w"], "--config=digit is unknown; known: digits"),
+        (["train", "--config=tiny", "--workdir=w", "--config.optim.lrr=1"], "optim.lr"),
+        (["train", "--config=tiny", "--workdir=w", "--config.train.steps=x"], "type int"),
+        (
+            ["train", "--config=tiny", "--workdir=w", "--config.diffusion.schedule=exp"],
+            "config.diffusion.schedule='exp' is unknown; known: linear, linear_ddpm, cosine",
+        ),
+        (["train", "--config=tiny", "--workdir=w", "--config.data.name=mnits"], "known: digits"),
+        (["train", "--config=tiny", "--workdir=w", "--dryrun"], "--dryrun"),
+        (["train", "--config=tiny", "--workdir=w", "--config.train.steps"], "needs a value"),
+        (["train", "--config=tiny", "--workdir=w", "--config.model.attention=(3,)"], "asks for 3"),
+        (["sample", "--checkpoint=w", "--seeds=a-b"], "--seeds=a-b"),
+        (["sample", "--checkpoint=w", "--out=absent/x.png"], "--out=absent/x.png"),
+        (["sample", "--checkpoint=absent"], "--checkpoint=absent"),
+        (["sample", "--checkpoint=w", "--config.optim.lr=1"], "goes with jdm train"),
+        (["eval", "--checkpoint=absent"], "--checkpoint=absent"),
+        (["samples"], "samples"),
+    ],
+)
+def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
+    assert_one_sentence(run(*argv, cwd=tmp_path), 2, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--out=x.jpg"], "--out='x.jpg' must end in one of .png, .npz"),
+        (["--labels=3,10", "--guidance=pixel"], "--labels hold 10"),
+        (["--guidance=both", "--labels=1"], "--guidance='both' is unknown"),
+        (["--steps=1000"], "--steps=1000"),
+    ],
+)
+def test_bad_sampling_flags(tiny, flags, said, tmp_path):
+    assert_one_sentence(run("sample", f"--checkpoint={tiny}", *flags, cwd=tmp_path), 2, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_config_in_the_folder(tiny, tmp_path):
+    workdir = shutil.copytree(tiny, tmp_path / "run")
+    done = run("train", "--config=tiny", f"--workdir={workdir}", "--config.optim.b1=0.5")
+    assert_one_sentence(done, 2, "optim.b1: 0.9 -> 0.5")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "half-written"])
+def test_a_damaged_checkpoint(tiny, tmp_path, damage):
+    workdir = shutil.copytree(tiny, tmp_path / "run")
+    folder = workdir / "checkpoints" / "4"
+    files = [path for path in (folder / "weights").rglob("*") if path.is_file()]
+    path = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        (folder / "checksums.json").unlink()
+    done = run("sample", f"--checkpoint={workdir}", "--steps=2", cwd=tmp_path)
+    assert_one_sentence(done, 2, "checkpoints/4")
+
+
+def test_batch_that_does_not_divide_by_the_devices(tmp_path):
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    done = run("train", "--config=tiny", "--workdir=w", cwd=tmp_path, env=env)
+    assert_one_sentence(done, 2, "data.batch_size=16 does not divide by the 3 devices")
+
+
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
+    workdir = tmp_path / "run"
+    argv = ["train", "--config=tiny", f"--workdir={workdir}"]
+    assert run(*argv, "--config.train.steps=2").returncode == 0
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        full = shutil.copytree(workdir, disk / "run")
+        (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - 200_000))
+        argv[2] = f"--workdir={full}"
+        done = run(*argv)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"jdm train: could not save {full}")
+        assert sorted(p.name for p in (full / "checkpoints").iterdir()) == ["2"]
+        jdm.load(full)
+        (disk / "filler").unlink()
+        assert run(*argv).returncode == 0  # room again: the same command goes on
+        assert jdm.checkpoint.steps(full)[-1] == 4
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+def test_help_has_an_example(command):
+    done = run(command, "--help")
+    assert done.returncode == 0 and f"example: jdm {command} --" in " ".join(done.stdout.split())

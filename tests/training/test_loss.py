@@ -1,0 +1,274 @@
+"""jdm.training.loss with toy networks whose every output is known."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jdm.configs import base
+
+from jdm.diffusion.process import PREDICTIONS, Diffusion
+from jdm.nn.model import JointModel
+from jdm.nn.unet import Features
+from jdm.training.loss import CLASSIFY, JointLoss, masked_cross_entropy
+
+SEEN = []  # what the toy's encoder was given, in order
+
+
+class Toy(JointModel):
+    """Decodes to the parameter `raw`; its logits are image mean · `slope` + t · `clock`."""
+
+    def setup(self):
+        pass
+
+    def encode(self, x, t, nudges=None, train=False):
+        SEEN.append(SimpleNamespace(x=x, t=t, train=train))
+        return Features(x, (t.astype(jnp.float32),))
+
+    def decode(self, features, t, train=False):
+        raw = self.get_variable("params", "raw")
+        return jnp.broadcast_to(raw, (*features.mid.shape[:3], raw.shape[-1]))
+
+    def classify(self, features, t, train=False):
+        (times,) = features.skips  # the time the encoder had is the time the head has
+        t = t + 0 * times
+        slope, clock = (self.get_variable("params", name) for name in ("slope", "clock"))
+        return features.mid.mean(axis=(1, 2, 3))[:, None] * slope + t[:, None] * clock
+
+
+DIFFUSION = Diffusion(50)
+MODEL = Toy(**base.get_config().model)
+PARAMS = {
+    "raw": jnp.zeros(1),
+    "slope": jnp.asarray([1.0, -2.0, 0.5]),
+    "clock": jnp.asarray([0.01, 0.0, -0.02]),
+}
+RNG = np.random.default_rng(0)
+BATCH = {
+    "image": jnp.asarray(RNG.integers(0, 256, size=(8, 4, 4, 1)), jnp.uint8),
+    "label": jnp.asarray([0, 1, 2, -1, 1, -1, 0, 2], jnp.int32),
+}
+
+
+def keys(seed: int = 0, **changed: int):
+    return {
+        name: jax.random.key(10 * changed.get(name, seed) + i)
+        for i, name in enumerate(("t", "noise", "dropout"))
+    }
+
+
+def joint_loss(diffusion=DIFFUSION, **settings) -> JointLoss:
+    settings = {**base.get_config().loss, **settings}
+    return JointLoss(MODEL, diffusion, **settings)
+
+
+def evaluate(loss_fn, params=PARAMS, batch=BATCH, **changed):
+    """(loss, means, sums, counts, what the encoder saw), step by step and not compiled."""
+    SEEN.clear()
+    loss, averages = loss_fn(params, batch, keys(**changed))
+    (seen,) = SEEN  # one encoder pass
+    return SimpleNamespace(
+        loss=float(loss),
+        sums={name: float(total) for name, (total, _) in averages.items()},
+        counts={name: float(count) for name, (_, count) in averages.items()},
+        seen=seen,
+    )
+
+
+def pixels(value: float, size: int, channels: int = 1, rows: int = 8):
+    """(images of one grey value, the float that stands for it)."""
+    level = round((value + 1) * 127.5)
+    images = jnp.full((rows, size, size, channels), level, jnp.uint8)
+    return {"image": images, "label": jnp.full((rows,), -1, jnp.int32)}, level / 127.5 - 1
+
+
+def entropies(x, t, labels):
+    """Cross-entropy of each labelled row, from the toy's closed form in float64."""
+    slope, clock = (np.asarray(PARAMS[name], np.float64) for name in ("slope", "clock"))
+    mean = np.asarray(x, np.float64).mean(axis=(1, 2, 3))
+    logits = mean[:, None] * slope + np.asarray(t)[:, None] * clock
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return [-log_p[i, label] for i, label in enumerate(np.asarray(labels)) if label >= 0]
+
+
+# What the network is asked.
+
+
+def test_the_encoder_sees_the_noised_images_and_the_clean_ones_at_time_zero():
+    seen = evaluate(joint_loss(classify="both", weight=0.0)).seen
+    x0 = np.asarray(BATCH["image"]) / 127.5 - 1
+    assert seen.train
+    np.testing.assert_allclose(seen.x[8:], x0, atol=1e-6)
+    np.testing.assert_array_equal(seen.t[8:], np.zeros(8))
+    noised = evaluate(joint_loss(classify="noised")).seen
+    np.testing.assert_array_equal(noised.x, seen.x[:8])
+    np.testing.assert_array_equal(noised.t, seen.t[:8])
+
+
+def test_noise_and_times_are_drawn_from_streams_of_their_own():
+    loss_fn = joint_loss(classify="noised")
+    base_seen = evaluate(loss_fn).seen
+    other_noise, other_t = (evaluate(loss_fn, **{name: 7}).seen for name in ("noise", "t"))
+    np.testing.assert_array_equal(other_noise.t, base_seen.t)
+    assert np.abs(other_noise.x - base_seen.x).min() > 0
+    assert (other_t.t != base_seen.t).any()
+
+
+def test_times_cover_the_whole_chain_evenly_and_noise_is_standard_normal():
+    batch, x0 = pixels(0.2, size=4, rows=4000)
+    seen = evaluate(joint_loss(Diffusion(25), classify="noised"), batch=batch).seen
+    counts = np.bincount(seen.t, minlength=25)
+    assert counts.shape == (25,) and seen.t.dtype == jnp.int32
+    assert np.abs(counts - 160).max() < 5 * np.sqrt(160)
+    abar = Diffusion(25).abar[np.asarray(seen.t)][:, None, None, None]
+    eps = (np.asarray(seen.x) - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
+    assert abs(eps.mean()) < 4 / np.sqrt(64000) and abs(eps.var() - 1) < 4 * np.sqrt(2 / 64000)
+
+
+def test_a_network_that_knows_nothing_has_the_mean_square_of_the_noise_as_its_error():
+    found = evaluate(joint_loss(classify="noised", weight=0.0))
+    abar = DIFFUSION.abar[np.asarray(found.seen.t)][:, None, None, None]
+    x0 = np.asarray(BATCH["image"]) / 127.5 - 1
+    eps = (np.asarray(found.seen.x) - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
+    np.testing.assert_allclose(found.loss, (eps**2).mean(), rtol=1e-4)
+    assert found.sums["diffusion"] == found.loss
+
+
+@pytest.mark.parametrize("size, channels", [(2, 1), (8, 1), (16, 3)])
+def test_the_error_is_a_mean_over_pixels_and_channels(size, channels):
+    batch, x0 = pixels(0.6, size, channels)
+    loss_fn = joint_loss(dataclasses.replace(DIFFUSION, prediction="x0"), classify="noised")
+    raw = 0.1 + jnp.zeros(channels)  # off by x0 - 0.1 at every pixel
+    assert np.isclose(evaluate(loss_fn, PARAMS | {"raw": raw}, batch).loss, (x0 - 0.1) ** 2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_errors_are_weighted_by_min_snr_and_reported_unweighted(prediction):
+    batch, x0 = pixels(-0.4, size=4)
+    diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
+    found = evaluate(joint_loss(diffusion, classify="noised", min_snr_gamma=2.0), batch=batch)
+    t = np.asarray(found.seen.t)
+    snr = diffusion.abar[t] / (1 - diffusion.abar[t])
+    weight = np.minimum(snr, 2) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
+    a, b = (np.sqrt(q)[t][:, None, None, None] for q in (diffusion.abar, 1 - diffusion.abar))
+    eps = (np.asarray(found.seen.x) - a * x0) / b
+    target = {"eps": eps, "x0": x0 + 0 * eps, "v": a * eps - b * x0}[prediction]
+    error = (target**2).mean(axis=(1, 2, 3))  # the network says 0
+    np.testing.assert_allclose(found.loss, (weight * error).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found.sums["diffusion"], error.mean(), rtol=1e-4)
+
+
+# The classifier's term.
+
+
+@pytest.mark.parametrize("classify", CLASSIFY)
+def test_the_classifier_is_trained_on_the_inputs_that_are_named(classify):
+    found = evaluate(joint_loss(classify=classify, weight=0.3))
+    x, t, labels = found.seen.x, found.seen.t, BATCH["label"]
+    rows = {"clean": slice(8, 16), "noised": slice(0, 8), "both": slice(0, 16)}[classify]
+    expected = entropies(x[rows], t[rows], jnp.concatenate([labels, labels])[rows])
+    assert found.counts["cross_entropy"] == len(expected) == (12 if classify == "both" else 6)
+    np.testing.assert_allclose(found.sums["cross_entropy"], sum(expected), rtol=1e-4)
+    term = 0.3 * sum(expected) / len(expected)
+    np.testing.assert_allclose(found.loss, found.sums["diffusion"] + term, rtol=1e-5)
+
+
+def test_clean_images_are_classified_without_noise_in_the_answer():
+    entropy = {
+        classify: [
+            evaluate(joint_loss(classify=classify), noise=seed, t=seed).sums["cross_entropy"]
+            for seed in (1, 2)
+        ]
+        for classify in CLASSIFY
+    }
+    assert entropy["clean"][0] == entropy["clean"][1]
+    assert entropy["noised"][0] != entropy["noised"][1]
+    for seed in (0, 1):
+        halves = entropy["clean"][seed] + entropy["noised"][seed]
+        np.testing.assert_allclose(entropy["both"][seed], halves, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.001, 1.0, 10.0])
+def test_lambda_scales_the_classifiers_term_alone(weight):
+    found = evaluate(joint_loss(weight=weight))
+    mean = found.sums["cross_entropy"] / found.counts["cross_entropy"]
+    np.testing.assert_allclose(found.loss - found.sums["diffusion"], weight * mean, atol=1e-5)
+
+
+def gradient(loss_fn, params=PARAMS, batch=BATCH):
+    return jax.grad(lambda params: loss_fn(params, batch, keys())[0])(params)
+
+
+def test_unlabelled_rows_change_nothing_for_the_classifier():
+    """The gradient is that of the mean over the labelled rows."""
+    logits = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
+    labels = jnp.asarray([2, -1, 0, -1], jnp.int32)
+    total, correct, count = masked_cross_entropy(logits, labels)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(total, -log_p[0, 2] - log_p[2, 0], rtol=1e-6)
+    assert count == 2
+    assert correct == (logits[0].argmax() == 2) + (logits[2].argmax() == 0)
+
+    grad = jax.grad(lambda z: masked_cross_entropy(z, labels)[0])(logits)
+    np.testing.assert_array_equal(grad[jnp.array([1, 3])], np.zeros((2, 3)))
+    assert np.abs(grad[jnp.array([0, 2])]).min() > 0
+    moved = logits.at[1].set(1e4).at[3].set(-1e4)
+    np.testing.assert_array_equal(masked_cross_entropy(moved, labels)[0], total)
+
+
+def test_a_batch_without_labels_trains_the_diffusion_alone():
+    batch = BATCH | {"label": jnp.full((8,), -1, jnp.int32)}
+    loss_fn = joint_loss(weight=10.0)
+    found = evaluate(loss_fn, batch=batch)
+    assert found.loss == found.sums["diffusion"]
+    assert (found.sums["cross_entropy"], found.counts["cross_entropy"]) == (0, 0)
+    grads = gradient(loss_fn, batch=batch)
+    np.testing.assert_array_equal(grads["slope"], np.zeros(3))
+    np.testing.assert_array_equal(grads["clock"], np.zeros(3))
+    assert np.abs(grads["raw"]).min() > 0
+    assert np.abs(gradient(loss_fn)["slope"]).min() > 0
+
+
+def test_accuracy_counts_the_labelled_rows():
+    found = evaluate(joint_loss(classify="clean"))
+    x0 = np.asarray(BATCH["image"]) / 127.5 - 1
+    guess = (x0.mean(axis=(1, 2, 3))[:, None] * np.asarray(PARAMS["slope"])).argmax(axis=1)
+    assert found.sums["accuracy"] == (guess == np.asarray(BATCH["label"])).sum()
+    assert found.counts["accuracy"] == 6
+
+
+def test_an_unknown_name_is_one_sentence_that_lists_the_known():
+    with pytest.raises(
+        ValueError, match="^loss.classify='dirty' is unknown; known: clean, noised, both$"
+    ):
+        joint_loss(classify="dirty")
+
+
+# Learned variance.
+
+
+def test_the_bound_trains_the_variance_and_leaves_the_mean_to_the_error():
+    diffusion = dataclasses.replace(DIFFUSION, variance="learned")
+    params = PARAMS | {"raw": jnp.asarray(RNG.normal(size=(8, 4, 4, 2)), jnp.float32)}
+    off, weak, strong = (
+        gradient(joint_loss(diffusion, variance_weight=weight), params)["raw"]
+        for weight in (0.0, 0.001, 0.002)
+    )
+    np.testing.assert_array_equal(off[..., 1:], np.zeros((8, 4, 4, 1)))
+    assert np.abs(off[..., :1]).min() > 0
+    np.testing.assert_allclose(weak[..., :1], off[..., :1], rtol=1e-5)  # the mean half
+    assert np.abs(weak[..., 1:]).min() > 0
+    np.testing.assert_allclose(strong[..., 1:], 2 * weak[..., 1:], rtol=1e-4)
+
+
+def test_the_bound_is_scaled_to_the_whole_chain():
+    diffusion = dataclasses.replace(DIFFUSION, variance="learned")
+    params = PARAMS | {"raw": jnp.asarray(RNG.normal(size=(8, 4, 4, 2)), jnp.float32)}
+    found = evaluate(joint_loss(diffusion, classify="noised", weight=0.0), params)
+    x0 = jnp.asarray(np.asarray(BATCH["image"]) / 127.5 - 1, jnp.float32)
+    estimate = diffusion.estimate(params["raw"], found.seen.x, found.seen.t)
+    bound = diffusion.bound(estimate, x0, found.seen.x, found.seen.t).mean()
+    extra = found.loss - found.sums["diffusion"]
+    np.testing.assert_allclose(extra, 0.001 * 50 * bound, rtol=1e-4)
