@@ -4,7 +4,7 @@
 
 What `make demo` runs, and what docs/results.md was measured with. Protocol: config `digits`;
 accuracy on the test split (360 images), which nothing was tuned on. For each guidance, 500
-samples, 50 of each class, with its default scale and default settings, at seeds 0 to 499, which
+samples, 50 of each class, with its default scale and the settings below, at seeds 0 to 499, which
 nothing was tuned on either; the lower of two judges fitted on the training pixels counts
 (jdm.analysis.metrics).
 """
@@ -28,6 +28,9 @@ from jdm.tracking import read_metrics
 
 GUIDANCE = ("representation", "pixel")
 SEEDS = range(500)
+# A step that adds noise lets later steps mend what earlier ones got wrong: on the validation
+# protocol, pixel guidance went from 94 % (eta 0) to 98 % (eta 1) of the judges' agreement.
+SETTINGS = dict(sampler="ddim", steps=25, eta=1.0)
 
 
 def judge(samples: jdm.Samples, splits: dict) -> dict:
@@ -64,7 +67,7 @@ def main() -> None:
     labels = np.arange(len(SEEDS)) % config.model.num_classes
     judged = {}
     for guidance in GUIDANCE:
-        samples = jdm.sample(joint, labels=labels, seeds=SEEDS, guidance=guidance)
+        samples = jdm.sample(joint, labels=labels, seeds=SEEDS, guidance=guidance, **SETTINGS)
         judged[guidance] = judge(samples, splits)
         picture = "samples.png" if guidance == GUIDANCE[0] else f"samples_{guidance}.png"
         first = slice(0, 100)

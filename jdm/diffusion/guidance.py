@@ -111,4 +111,5 @@ GUIDANCE: dict[str, Callable[..., EpsFn]] = {
     "representation": representation,
 }
 
-DEFAULT_SCALES = {"none": 0.0, "pixel": 4.0, "representation": 100.0}
+# What digits, on their validation protocol, were happy with; other data may want others.
+DEFAULT_SCALES = {"none": 0.0, "pixel": 8.0, "representation": 300.0}
