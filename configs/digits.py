@@ -19,7 +19,7 @@ def get_config():
     config.diffusion.steps = 500
     config.diffusion.schedule = "cosine"
     config.diffusion.prediction = "x0"
-    # Noised images at small t teach the classifier what clean ones would, at half the encoder's cost.
+    # Images at small t teach the classifier what clean ones would, at half the encoder's cost.
     config.loss.classify = "noised"
     config.loss.weight = 0.3
     config.optim.lr = 2e-3

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from jdm import config as configs
+from jdm.files import write_whole
 
 
 class UsageError(Exception):
@@ -132,9 +133,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "report.json.partial"
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(folder / "report.json")
+        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
         print(f"wrote {folder / 'report.json'}")
 
 

@@ -25,6 +25,7 @@ from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE
 from jdm.diffusion.process import float_to_pixels, pick
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.diffusion.samplers import sample as run_sampler
+from jdm.files import write_whole
 from jdm.joint import Joint, make_network, opened
 from jdm.mesh import by_row, make_mesh
 from jdm.tracking import Progress
@@ -65,9 +66,7 @@ class Samples:
                 settings=json.dumps(self.settings),
             )
             content = buffer.getvalue()
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
 
     def _repr_png_(self) -> bytes:
         columns = int(np.ceil(np.sqrt(len(self.images))))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jdm.files import write_whole
+
 
 class Progress:
     """A bar with rate and time left; plain lines, seconds apart, where there is no terminal."""
@@ -69,9 +71,7 @@ class MetricLog:
 
         rows = [row for row in read_metrics(workdir) if row["step"] <= step]
         path = _metrics_path(workdir)
-        partial = path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._before = rows[-1]["seconds"] if rows else 0.0
         self._started = started
         self._file = path.open("a")

@@ -19,6 +19,7 @@ from jdm import config as configs
 from jdm.analysis.evaluate import classification
 from jdm.data.datasets import dataset
 from jdm.data.pipeline import BatchIterator, load_split, train_batches
+from jdm.files import write_whole
 from jdm.joint import Joint
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
@@ -75,32 +76,33 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     def due(every: int, done: int) -> bool:
         return done == config.train.steps or (every > 0 and done % every == 0)
 
+    rows = config.data.batch_size
     pending: list[dict] = []  # averages still on the device, of the steps since the last row
     with (
         MetricLog(workdir, start, started) as log,
-        Progress(config.train.steps, "training", "steps", done=start) as progress,
+        Progress(config.train.steps * rows, "training", "images", start * rows) as progress,
     ):
         since = time.monotonic()
         for done in range(start + 1, config.train.steps + 1):
             state, averages = step(state, to_global(next(batches), mesh), root)
             pending.append(averages)
-            progress.advance()
+            progress.advance(rows)
 
             logs, evaluates, saves = (
                 due(section.every, done) for section in (config.log, config.eval, config.checkpoint)
             )
             row = {}
             if logs or evaluates or saves:
-                rate = len(pending) * config.data.batch_size
+                seen = len(pending) * rows
                 row = fetch(pending, first=done - len(pending) + 1)
-                row["train/images_per_second"] = rate / (time.monotonic() - since)
+                row["train/images_per_second"] = seen / (time.monotonic() - since)
                 pending = []
             if evaluates:
                 joint = Joint(config, run.model, run.diffusion, state.ema)
                 for name, value in classification(joint, *held_out, config.eval.batch_size):
                     row[f"eval/{name}"] = value
             if row:
-                log.write(done, done * config.data.batch_size, row)
+                log.write(done, done * rows, row)
                 progress.say(_line(done, row))
             if saves:
                 save(config, workdir, state, batches)
@@ -140,9 +142,7 @@ def claim(config: ConfigDict, workdir: Path, write: bool) -> None:
             )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name("config.json.partial")
-        partial.write_text(json.dumps(configs.to_dict(config), indent=2) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
 
 
 def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> TrainState:

@@ -26,7 +26,7 @@ def agreement(joint, guidance, sign=1):
 
     scale = sign * DEFAULT_SCALES[guidance]
     samples = jdm.sample(
-        joint, labels=LABELS, guidance=guidance, scale=scale, steps=20, batch_size=200
+        joint, labels=LABELS, guidance=guidance, scale=scale, steps=20, eta=1.0, batch_size=200
     )
     judged = metrics.class_agreement(*load_split("digits", "train"), samples.images, LABELS)
     return min(judged.values())

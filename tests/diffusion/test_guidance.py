@@ -4,6 +4,7 @@ How far guidance moves the images of trained networks is tested in tests/test_di
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,16 @@ def noise(seed: int, *shape: int):
 X = noise(1, 5, *SHAPE)
 
 
-def run(guidance: str, network: Network, labels=LABELS, scale: float = 1.0, x=X, t=TIMES):
-    diffusion = DIFFUSION
-    return jax.jit(GUIDANCE[guidance](network, diffusion, labels, scale))(x, t)
+def run(
+    guidance: str, network: Network, labels=LABELS, scale=1.0, x=X, t=TIMES, diffusion=DIFFUSION
+):
+    """The guided estimate, compiled once for all scales."""
+    return guided(guidance, network, diffusion, labels, jnp.float32(scale), x, t)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def guided(guidance, network, diffusion, labels, scale, x, t):
+    return GUIDANCE[guidance](network, diffusion, labels, scale)(x, t)
 
 
 # A mixture of Gaussians: the exact noise estimate and the exact classifier, in float64.
@@ -52,6 +60,7 @@ def class_eps(x, abar):
     return np.sqrt(1 - wide) * (x[:, None] - np.sqrt(wide) * CENTRES) / variance
 
 
+@functools.cache
 def mixture(diffusion: Diffusion) -> Network:
     """The same in JAX, split as a network is: features, from which both are read."""
 
@@ -156,6 +165,7 @@ def layers(xp, x, nudges):
     return {"early": early, "late": late}
 
 
+@functools.cache
 def layered(shown: str) -> Network:
     """A network whose eps is one of its two layers as the decoder got it, and its class too.
 
@@ -227,6 +237,7 @@ def test_the_toy_tells_total_from_direct_derivatives():
 # Representation guidance: which way.
 
 
+@functools.cache
 def gaussian_network(diffusion: Diffusion, variance: float) -> Network:
     """The best linear decoder for N(0, variance) data, reading the one representation z = x_t.
 
@@ -249,6 +260,11 @@ def gaussian_network(diffusion: Diffusion, variance: float) -> Network:
     return Network(encode, decode, classify)
 
 
+def noise_estimate(guidance, network, diffusion, labels=None, scale=0.0):
+    estimate = run(guidance, network, labels, scale, diffusion=diffusion)
+    return np.asarray(estimate.eps, np.float64)
+
+
 @pytest.mark.parametrize("variance", [0.25, 4.0])  # v flips sense between them
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_positive_scale_moves_the_image_toward_the_class(prediction, variance):
@@ -257,16 +273,11 @@ def test_a_positive_scale_moves_the_image_toward_the_class(prediction, variance)
     labels = jnp.asarray([0, 1, 0, 1, 0], jnp.int32)
     toward = np.where(np.asarray(labels)[:, None, None, None] == 0, 1, -1) * CENTRES[0]
     a, b = (np.asarray(q, np.float64) for q in diffusion.scales(TIMES))
-    plain = run_under("none", network, diffusion, None, 0.0)
+    plain = noise_estimate("none", network, diffusion)
     for scale in (2.0, -2.0):
-        eps = run_under("representation", network, diffusion, labels, scale)
+        eps = noise_estimate("representation", network, diffusion, labels, scale)
         moved = (-b / a * (eps - plain) * toward).sum(axis=(1, 2, 3))
         assert (np.sign(moved) == np.sign(scale)).all()
-
-
-def run_under(guidance, network, diffusion, labels, scale):
-    eps_fn = jax.jit(GUIDANCE[guidance](network, diffusion, labels, scale))
-    return np.asarray(eps_fn(X, TIMES).eps, np.float64)
 
 
 def test_the_best_decoders_are_the_best():
@@ -276,7 +287,7 @@ def test_the_best_decoders_are_the_best():
         for prediction in PREDICTIONS:
             diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
             network = gaussian_network(diffusion, variance)
-            estimates.append(run_under("none", network, diffusion, None, 0.0))
+            estimates.append(noise_estimate("none", network, diffusion))
         np.testing.assert_allclose(estimates[1], estimates[0], atol=1e-3)
         np.testing.assert_allclose(estimates[2], estimates[0], atol=1e-3)
 

@@ -1,0 +1,372 @@
+"""jdm.config: what is read, and what is refused in which words."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jdm.configs import base
+
+from jdm import config as configs
+from jdm.config import CHOICES, RANGES, ConfigError, differences, flatten
+from jdm.data.datasets import DATASETS
+from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
+from jdm.mesh import make_mesh, replicated
+from jdm.nn.model import DTYPES
+from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
+from jdm.training import build
+from jdm.training.loss import CLASSIFY, JointLoss
+from jdm.training.step import step_keys
+
+NAME = "tiny"  # any config will do where its values do not matter
+KEYS = flatten(base.get_config())
+
+
+def load(*overrides: str):
+    return configs.load(NAME, [f"--config.{override}" for override in overrides])
+
+
+def refused(*overrides: str) -> str:
+    """The sentence that these overrides are refused with."""
+    with pytest.raises(ConfigError) as error:
+        load(*overrides)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def write(path, *lines: str) -> str:
+    """The path of a config file that changes base with these lines."""
+    body = "".join(f"    {line}\n" for line in lines)
+    path.write_text(
+        "from jdm.configs import base\n\n"
+        f"def get_config():\n    config = base.get_config()\n{body}    return config\n"
+    )
+    return str(path)
+
+
+# The configs there are.
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_every_named_config_builds_and_has_a_loss(name):
+    """Shapes only: nothing is computed and nothing compiled."""
+    config = configs.load(name)
+    run = build.build(config, replicated(make_mesh()))
+    size, channels = config.model.image_size, config.model.image_channels
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    loss_fn = JointLoss(run.model, run.diffusion, **config.loss)
+
+    def first_loss(state, batch, root):
+        return loss_fn(state.params, batch, step_keys(root, state.step))[0]
+
+    assert jax.eval_shape(first_loss, run.state, batch, jax.random.key(0)).shape == ()
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_every_named_config_fits_its_data_and_begins_with_its_command(name):
+    config, facts = configs.load(name), DATASETS[configs.load(name).data.name]
+    assert (config.model.image_size, config.model.image_channels) == (
+        facts.image_size,
+        facts.channels,
+    )
+    assert config.model.num_classes == facts.num_classes
+    module = sys.modules[f"jdm.configs.{name}"]
+    assert f"jdm train --config={name} " in module.__doc__
+
+
+def test_names_are_the_files_beside_base():
+    assert "base" not in configs.names() and NAME in configs.names()
+    assert configs.names() == sorted(configs.names())
+
+
+def test_an_unknown_config_is_one_sentence_that_lists_the_known():
+    with pytest.raises(ConfigError) as error:
+        configs.load("nonsense")
+    assert all(name in str(error.value) for name in ("nonsense", *configs.names(), ".py"))
+    with pytest.raises(ConfigError, match="--config=base is unknown"):
+        configs.load("base")
+
+
+def test_a_path_is_a_config_too(tmp_path):
+    path = write(tmp_path / "mine.py", "config.optim.lr = 0.25", "config.model.blocks = 7")
+    config = configs.load(path, ["--config.model.blocks=1"])
+    assert (config.optim.lr, config.model.blocks) == (0.25, 1)
+    with pytest.raises(ConfigError, match=r"^--config=.*none\.py is not a file$"):
+        configs.load(str(tmp_path / "none.py"))
+
+
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"empty\.py.*get_config"):
+        configs.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.optim.beta = 1.0", r"config\.optim\.beta is unknown; did you mean optim\.b"),
+        ("config.zebra = 1", r"config\.zebra is unknown"),
+        ("del config.optim.lr", r"config\.optim\.lr is missing from .*start from base"),
+        ("del config.optim", r"config\.optim\.\w+ is missing from .*start from base"),
+        (
+            "config.optim.unlock(); del config.optim.lr; config.optim.lr = 'fast'",
+            r"config\.optim\.lr='fast' is of the type str; it must be float",
+        ),
+        ("config.loss.classify = 'all'", r"config\.loss\.classify='all' is unknown; known: clean"),
+        ("config.model.blocks = 0", r"config\.model\.blocks=0 must be positive"),
+    ],
+)
+def test_a_file_is_checked_like_the_command_line(tmp_path, line, message):
+    path = write(tmp_path / "wrong.py", *line.split("; "))
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        configs.load(path)
+    assert "\n" not in str(error.value)
+
+
+# Overrides.
+
+
+def test_overrides_are_read_by_the_type_of_their_default():
+    config = load(
+        "optim.lr=3e-4",
+        "loss.weight=1",  # a whole number where a float is due
+        "model.multipliers=(1,2,4)",
+        "model.image_size=32",
+        "model.attention=(8,)",
+        "model.learned_variance=True",
+        "diffusion.variance=learned",
+        "data.dir=/some/where",
+    )
+    assert config.optim.lr == 3e-4
+    assert config.loss.weight == 1 and type(config.loss.weight) is float
+    assert config.model.multipliers == (1, 2, 4) and config.model.attention == (8,)
+    assert config.model.learned_variance is True
+    assert config.data.dir == "/some/where"
+    before, after = flatten(load()), flatten(config)
+    assert sum(before[key] != after[key] for key in before) == 8
+
+
+def test_an_empty_tuple_is_a_value():
+    assert load("model.attention=()").model.attention == ()
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("false", False)])
+def test_truth_is_written_in_either_case(text, value):
+    variance = "learned" if value else "fixed_large"
+    config = load(f"model.learned_variance={text}", f"diffusion.variance={variance}")
+    assert config.model.learned_variance is value
+
+
+def test_a_loaded_config_takes_no_new_keys():
+    config = load()
+    with pytest.raises((KeyError, AttributeError)):
+        config.model.chanels = 3
+
+
+def test_one_config_does_not_leak_into_the_next():
+    load("model.blocks=5", "optim.lr=0.5")
+    assert load().model.blocks != 5 and load().optim.lr != 0.5
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("optim.lrr=1", "optim.lr"),
+        ("model.chanels=8", "model.channels"),
+        ("modle.channels=8", "model.channels"),
+        ("diffusion.step=8", "diffusion.steps"),
+        ("model=8", "model."),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(typed, meant):
+    key = typed.split("=")[0]
+    assert re.match(rf"config\.{key} is unknown.*{re.escape(meant)}", refused(typed))
+
+
+@pytest.mark.parametrize(
+    "override, kind",
+    [
+        ("optim.lr=fast", "float"),
+        ("model.blocks=2.5", "int"),
+        ("model.blocks=many", "int"),
+        ("model.learned_variance=perhaps", "bool"),
+        ("seed=1e3", "int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_sentence(override, kind):
+    sentence = refused(override)
+    assert f"config.{override.split('=')[0]}" in sentence and kind in sentence
+    assert override.split("=")[1] in sentence
+    # Also where it is not the first of several.
+    assert refused("optim.b1=0.5", override, "optim.b2=0.5") == sentence
+
+
+@pytest.mark.parametrize("key", ["optim.lr", "seed", "loss.classify", "model.multipliers"])
+def test_a_key_without_its_value_is_one_sentence(key):
+    assert refused(key) == f"--config.{key} needs a value: --config.{key}=…"
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_an_unknown_choice_is_one_sentence_that_lists_the_known(key):
+    sentence = refused(f"{key}=nonsense")
+    assert sentence.startswith(f"config.{key}='nonsense' is unknown; known: ")
+    assert all(name in sentence for name in CHOICES[key])
+
+
+def changed(key: str, value):
+    """The config with one value replaced, whatever its type."""
+    config = configs.load(NAME)
+    section, _, name = key.rpartition(".")
+    with config.unlocked(), config.ignore_type():
+        (config[section] if section else config)[name] = value
+    return config
+
+
+def sentence_on(key: str, value) -> str:
+    with pytest.raises(ConfigError) as error:
+        configs.check(changed(key, value), "here")
+    return str(error.value)
+
+
+OUT_OF_RANGE = {
+    "positive": (0, -1),
+    "0 or more": (-1,),
+    "at least 0 and below 1": (-0.1, 1, 1.5),
+    "between 0 and 2147483647": (-1, 2**31),
+    "positive whole numbers": ((0,), (-4,), (4, 2.5), ("4",)),
+    "one or more positive whole numbers": ((), (0, 1), (1.5,), ("wide",)),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_value_out_of_range_is_one_sentence(key):
+    allowed = RANGES[key][1]
+    for value in OUT_OF_RANGE[allowed]:
+        value = type(KEYS[key])(value)
+        assert sentence_on(key, value) == f"config.{key}={value!r} must be {allowed}"
+
+
+def test_ranges_hold_on_the_command_line_too():
+    assert refused("model.blocks=0") == "config.model.blocks=0 must be positive"
+    assert refused("model.multipliers=wide").endswith("one or more positive whole numbers")
+
+
+@pytest.mark.parametrize("key", [key for key, value in KEYS.items() if type(value) is float])
+def test_a_number_that_is_none_is_refused(key):
+    for value in (float("nan"), float("inf")):
+        assert sentence_on(key, value).startswith(f"config.{key}={value!r} must be ")
+
+
+def test_every_number_has_a_range():
+    numbers = {key for key, value in KEYS.items() if type(value) in (int, float, tuple)}
+    assert numbers == set(RANGES)
+    names = {key for key, value in KEYS.items() if type(value) is str}
+    assert names == set(CHOICES) | {"data.dir"}
+
+
+@pytest.mark.parametrize(
+    "overrides", [("diffusion.variance=learned",), ("model.learned_variance=True",)]
+)
+def test_learned_variance_is_asked_for_in_both_places_or_in_neither(overrides):
+    sentence = refused(*overrides)
+    assert "config.model.learned_variance" in sentence
+    assert "config.diffusion.variance" in sentence
+
+
+# What it is held together with.
+
+
+def test_choices_are_the_names_beside_the_functions():
+    known = {
+        "model.resample": RESAMPLES,
+        "model.attention_order": ATTENTION_ORDERS,
+        "model.dtype": DTYPES,
+        "diffusion.schedule": SCHEDULES,
+        "diffusion.prediction": PREDICTIONS,
+        "diffusion.variance": VARIANCES,
+        "loss.classify": CLASSIFY,
+        "optim.schedule": build.SCHEDULES,
+        "data.name": DATASETS,
+    }
+    assert {key: tuple(names) for key, names in known.items()} == CHOICES
+
+
+# Written and read back.
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_a_config_survives_json(name):
+    config = configs.load(name, ["--config.optim.lr=3e-5", "--config.model.attention=()"])
+    back = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
+    assert flatten(back) == flatten(config)
+    assert {k: type(v) for k, v in flatten(back).items()} == {k: type(v) for k, v in KEYS.items()}
+    assert differences(config, back) == []
+    with pytest.raises((KeyError, AttributeError)):
+        back.model.chanels = 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"optim": {"lrr": 1.0}}, r"config\.optim\.lrr is unknown; did you mean optim\.lr\?"),
+        ({"loss": {"classify": "all"}}, r"config\.loss\.classify='all' is unknown"),
+        ({"model": {"blocks": -1}}, r"config\.model\.blocks=-1 must be positive"),
+        ({"model": {"multipliers": []}}, r"config\.model\.multipliers=\(\) must be one or more"),
+        ({"model": {"blocks": "two"}}, r"config\.model\.blocks='two' is of the type str"),
+        ({"optim": None}, r"config\.optim"),
+    ],
+)
+def test_a_stored_config_is_checked_like_any_other(change, message):
+    values = configs.to_dict(load())
+    for section, keys in change.items():
+        values[section] = keys if keys is None else values[section] | keys
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        configs.from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_resuming_may_change_how_long_and_what_is_kept_and_nothing_else(key):
+    free = ("train.steps", "data.dir") + tuple(
+        k for k in KEYS if k.split(".")[0] in ("log", "eval", "checkpoint")
+    )
+    value = KEYS[key]
+    other = {
+        bool: lambda: not value,
+        int: lambda: value + 3,
+        float: lambda: value / 2 + 0.01,
+        str: lambda: value + "x",
+        tuple: lambda: (*value, 3),
+    }[type(value)]()
+    old, new = changed(key, value), changed(key, other)
+    expected = [] if key in free else [f"{key}: {value!r} -> {other!r}"]
+    assert differences(old, new) == expected
+
+
+def test_a_config_is_read_and_checked_without_jax(tmp_path):
+    code = f"""
+import sys
+import jdm.config
+jdm.config.load({NAME!r}, ["--config.optim.lr=3e-4"])
+try:
+    jdm.config.load({NAME!r}, ["--config.optim.lrr=3e-4"])
+except jdm.config.ConfigError as error:
+    print(error)
+print(sorted({{"jax", "flax", "optax"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    sentence, modules = done.stdout.strip().splitlines()
+    assert sentence == "config.optim.lrr is unknown; did you mean optim.lr?"
+    assert modules == "[]"
