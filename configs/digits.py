@@ -19,16 +19,15 @@ def get_config():
     config.diffusion.steps = 500
     config.diffusion.schedule = "cosine"
     config.diffusion.prediction = "x0"
-    # Images at small t teach the classifier what clean ones would, at half the encoder's cost.
-    config.loss.classify = "noised"
-    config.loss.weight = 0.3
+    config.loss.classify = "both"
+    config.loss.weight = 0.5
     config.optim.lr = 2e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 100
     config.optim.weight_decay = 0.01
-    config.train.steps = 2000
+    config.train.steps = 1200
     config.train.ema_decay = 0.995
     config.log.every = 100
-    config.eval.every = 500
-    config.checkpoint.every = 500
+    config.eval.every = 400
+    config.checkpoint.every = 400
     return config

@@ -9,10 +9,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jdm.configs import base
 
 from jdm import config as configs
 from jdm.config import CHOICES, RANGES, ConfigError, differences, flatten
+from jdm.configs import base
 from jdm.data.datasets import DATASETS
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
 from jdm.mesh import make_mesh, replicated

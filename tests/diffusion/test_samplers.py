@@ -50,25 +50,25 @@ def gaussian_eps(diffusion: Diffusion):
     return eps_fn
 
 
-def moments(case: str, total: int, steps: int, rows: int = 128, copies: int = 128):
+def moments(case: str, total: int, steps: int, rows: int = 64, copies: int = 128):
     """Mean and deviation at each pixel over rows · copies draws (the channels are copies)."""
     name, eta, variance = CASES[case]
     diffusion = Diffusion(total, variance=variance)
     settings = dict(sampler=name, steps=steps, eta=eta, clip=False)
-    if steps > 100:  # 65 million normal draws: worth optimising, unlike the rest of the tests
-        settings["options"] = {"xla_backend_optimization_level": 2}
+    if steps > 100:  # 33 million normal draws: worth optimising, unlike the rest of the tests
+        settings["options"] = {"xla_backend_optimization_level": 1}
     images = draw(gaussian_eps(diffusion), diffusion, make_keys(rows), (2, 2, copies), **settings)
     return (f(images, axis=(0, 3))[..., None] for f in (np.mean, np.std))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_distribution_of_the_data_is_recovered(case):
-    # 16384 draws at each pixel: the standard error is 0.8 % of the deviation for the mean, 0.55 %
-    # for the deviation. 1000 steps leave an error of at most 1.0 % of the deviation (computed).
-    # Four standard errors of each, and that.
+    # 8192 draws at each pixel: the standard error is 1.1 % of the deviation for the mean, 0.8 % for
+    # the deviation. 1000 steps leave an error of at most 1.0 % of the deviation (computed as in the
+    # next test). Four standard errors of each, and that.
     mean, deviation = moments(case, 1000, 1000)
-    np.testing.assert_allclose(mean / DEVIATION, MEAN / DEVIATION, atol=0.04)
-    np.testing.assert_allclose(deviation / DEVIATION, 1, atol=0.032)
+    np.testing.assert_allclose(mean / DEVIATION, MEAN / DEVIATION, atol=0.055)
+    np.testing.assert_allclose(deviation / DEVIATION, 1, atol=0.042)
 
 
 def short_chain(case: str, total: int, steps: int):
@@ -104,11 +104,11 @@ def short_chain(case: str, total: int, steps: int):
 @pytest.mark.parametrize("case, steps", [*((case, 12) for case in CASES), ("ddim", 1)])
 def test_few_steps_give_the_moments_of_the_short_chain(case, steps):
     # Here the steps' own error, up to tens of percent, is part of what is expected: what is left
-    # are four standard errors of 16384 draws.
+    # are four standard errors of 8192 draws.
     mean, deviation = moments(case, 200, steps)
     expected_mean, expected_deviation = short_chain(case, 200, steps)
-    np.testing.assert_allclose(mean, expected_mean, atol=0.032 * DEVIATION.max())
-    np.testing.assert_allclose(deviation, expected_deviation, rtol=0.022)
+    np.testing.assert_allclose(mean, expected_mean, atol=0.045 * DEVIATION.max())
+    np.testing.assert_allclose(deviation, expected_deviation, rtol=0.032)
 
 
 # Times.

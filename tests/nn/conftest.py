@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jdm.configs import base
 
+from jdm.configs import base
 from jdm.nn.model import JointModel
 
 SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)

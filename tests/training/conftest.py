@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jdm.configs import base
 from ml_collections import ConfigDict
 
+from jdm.configs import base
 from jdm.mesh import make_mesh, replicated, to_global
 from jdm.training.build import Run, build
 

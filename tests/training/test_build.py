@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jdm.configs import base
 
+from jdm.configs import base
 from jdm.mesh import make_mesh, replicated
 from jdm.training.build import build, make_optimiser
 

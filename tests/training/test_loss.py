@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jdm.configs import base
 
+from jdm.configs import base
 from jdm.diffusion.process import PREDICTIONS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
