@@ -6,8 +6,10 @@ their functions; the tests hold the two together.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
+import math
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,6 +112,8 @@ def _read(name: str) -> ConfigDict:
         raise ConfigError(
             f"--config={name} is unknown; known: {', '.join(names())}, or the path of a .py file"
         )
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={name} defines no get_config()")
     return module.get_config()
 
 
@@ -144,8 +148,14 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every key there is, with its default."""
+    return flatten(base.get_config())
+
+
 def _check_key(key: str) -> None:
-    known = flatten(base.get_config())
+    known = _defaults()
     if key not in known:
         nearest = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
@@ -157,7 +167,7 @@ def check(config: ConfigDict, where: str) -> None:
 
     where: what the config was read from, for the message.
     """
-    defaults, values = flatten(base.get_config()), flatten(config)
+    defaults, values = _defaults(), flatten(config)
     for key in values:
         _check_key(key)
     for key, default in defaults.items():
@@ -170,6 +180,8 @@ def check(config: ConfigDict, where: str) -> None:
                 f"config.{key}={value!r} is of the type {type(value).__name__}; "
                 f"it must be {type(default).__name__}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key}={value!r} must be finite")
         if key in CHOICES and value not in CHOICES[key]:
             raise ConfigError(
                 f"config.{key}={value!r} is unknown; known: {', '.join(CHOICES[key])}"
@@ -196,7 +208,8 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
         _check_key(key)
         section, _, name = key.rpartition(".")
         target = config[section] if section else config
-        target[name] = tuple(value) if isinstance(value, list) else value
+        with target.ignore_type():  # `check` says it in one sentence
+            target[name] = tuple(value) if isinstance(value, list) else value
     check(config, "the checkpoint")
     return config.lock()
 

@@ -36,7 +36,13 @@ def _source_hash() -> str:
 
 
 @pytest.fixture(scope="session")
-def trained():
+def optimised() -> dict[str, str]:
+    """The environment of a process whose programs are compiled for speed."""
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(FAST_COMPILE, "")}
+
+
+@pytest.fixture(scope="session")
+def trained(optimised):
     """(config name, *overrides) -> the path of a work folder trained with it; cached on disk."""
     source = _source_hash()
 
@@ -50,8 +56,7 @@ def trained():
             # Its own folder first: two test processes may train the same model at once.
             making = workdir.with_name(f"{key}.{os.getpid()}")
             command = [JDM, "train", f"--config={name}", f"--workdir={making}", *overrides]
-            env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(FAST_COMPILE, "")}
-            subprocess.run(command, check=True, env=env if name != "tiny" else None)
+            subprocess.run(command, check=True, env=os.environ if name == "tiny" else optimised)
             with contextlib.suppress(OSError):  # the other was first
                 making.rename(workdir)
         return workdir

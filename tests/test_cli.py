@@ -136,10 +136,7 @@ def test_batch_that_does_not_divide_by_the_devices(tmp_path):
     assert_one_sentence(done, 2, "data.batch_size=16 does not divide by the 3 devices")
 
 
-def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
-    workdir = tmp_path / "run"
-    argv = ["train", "--config=tiny", f"--workdir={workdir}"]
-    assert run(*argv, "--config.train.steps=2").returncode == 0
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -148,16 +145,17 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        full = shutil.copytree(workdir, disk / "run")
+        full = shutil.copytree(tiny, disk / "run")
+        shutil.rmtree(full / "checkpoints" / "4")  # a run that stands at step 2
         (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - 200_000))
-        argv[2] = f"--workdir={full}"
-        done = run(*argv)
+        done = run("train", "--config=tiny", f"--workdir={full}")
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith(f"jdm train: could not save {full}")
         assert sorted(p.name for p in (full / "checkpoints").iterdir()) == ["2"]
         jdm.load(full)
         (disk / "filler").unlink()
-        assert run(*argv).returncode == 0  # room again: the same command goes on
+        # Room again: the same command goes on.
+        assert run("train", "--config=tiny", f"--workdir={full}").returncode == 0
         assert jdm.checkpoint.steps(full)[-1] == 4
     finally:
         subprocess.run(["umount", disk], check=True)

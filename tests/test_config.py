@@ -155,6 +155,12 @@ def test_overrides_are_read_by_the_type_of_their_default():
     assert sum(before[key] != after[key] for key in before) == 8
 
 
+def test_whole_numbers_do_where_a_float_is_due_and_lists_where_a_tuple_is(tmp_path):
+    lines = ["config.loss.weight = 1", "config.model.multipliers = [1, 3]"]
+    config = configs.load(write(tmp_path / "mine.py", *lines))
+    assert (config.loss.weight, config.model.multipliers) == (1.0, (1, 3))
+
+
 def test_an_empty_tuple_is_a_value():
     assert load("model.attention=()").model.attention == ()
 

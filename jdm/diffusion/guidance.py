@@ -95,12 +95,14 @@ def representation(network: Network, diffusion: Diffusion, labels: Labels, scale
 
         def moved(amount):
             features_moved = jax.tree.map(lambda z, dz: z + amount * dz, features, direction)
-            return network.decode(features_moved, x, t)
+            return network.decode(features_moved, x, t).eps
 
         up, down = moved(scale), moved(-scale)
         # x_0 = (x_t - b eps) / a: what adds to the estimate of x_0 takes from eps.
-        sense = _inner(down.eps - up.eps, toward) * scale > 0
-        return jax.tree.map(lambda u, d: jnp.where(sense, u, d), up, down)
+        sense = _inner(down - up, toward) * scale > 0
+        # The variance stays the network's own; where none is learned, this decode is compiled away.
+        estimate = network.decode(features, x, t)
+        return estimate._replace(eps=jnp.where(sense, up, down))
 
     return eps_fn
 

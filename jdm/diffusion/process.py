@@ -244,8 +244,9 @@ class Diffusion:
         low = jnp.log(jnp.maximum(beta * (1 - abar_s) / (1 - abar_t), 1e-20))
         if estimate.log_variance is not None:
             one_low = self.at(self.small_log_variance, t)
-            one_high = self.at(np.log(self.betas), t)
-            fraction = (estimate.log_variance - one_low) / (one_high - one_low)
+            # In float64: at the noisy end of a long chain the two are equal in float32.
+            gap = self.at(np.log(self.betas) - self.small_log_variance, t)
+            fraction = (estimate.log_variance - one_low) / gap
             return fraction * high + (1 - fraction) * low
         return low if self.variance == "fixed_small" else high
 
@@ -278,9 +279,11 @@ class Diffusion:
 
 def _log_pixel_likelihood(x0: Images, mean: Images, log_scale: Array) -> Images:
     """Log mass that N(mean, exp(log_scale)²) gives to the pixel bin around x0; ends are open."""
-    inverse = jnp.exp(-log_scale)
-    upper = jax.scipy.stats.norm.cdf((x0 - mean + 1 / 255) * inverse)
-    lower = jax.scipy.stats.norm.cdf((x0 - mean - 1 / 255) * inverse)
-    upper = jnp.where(x0 > 0.999, 1.0, upper)
-    lower = jnp.where(x0 < -0.999, 0.0, lower)
+    # Mirrored to below the mean where it lies above: there float32 tells the two apart.
+    sign = jnp.where(x0 > mean, -1, 1)
+    centre, inverse = sign * (x0 - mean), jnp.exp(-log_scale)
+    upper = jax.scipy.stats.norm.cdf((centre + 1 / 255) * inverse)
+    lower = jax.scipy.stats.norm.cdf((centre - 1 / 255) * inverse)
+    upper = jnp.where(sign * x0 > 0.999, 1.0, upper)
+    lower = jnp.where(sign * x0 < -0.999, 0.0, lower)
     return jnp.log(jnp.maximum(upper - lower, 1e-12))

@@ -172,7 +172,7 @@ def test_log_variances_begin_with_the_posterior_at_one():
 # Conversions.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     key=st.sampled_from(sorted(DIFFUSIONS)),
     u=st.floats(0, 1),

@@ -200,20 +200,18 @@ def test_noise_is_recomputed_from_the_clipped_image():
 # Keys and noise.
 
 
-@pytest.mark.parametrize("case", ["ddim noisy", "ancestral large"])
-def test_an_image_depends_on_its_own_key_alone(case):
-    name, eta, variance = CASES[case]
-    diffusion, keys = Diffusion(100, variance=variance), make_keys(6)
+def test_an_image_depends_on_its_own_key_alone():
+    diffusion, keys = Diffusion(100), make_keys(6)
+    eps_fn = gaussian_eps(diffusion)
 
     @jax.jit
-    def draw(keys):
-        eps_fn = gaussian_eps(diffusion)
-        return sample(eps_fn, diffusion, keys, (2, 2, 3), sampler=name, steps=5, eta=eta)
+    def images(keys):
+        return sample(eps_fn, diffusion, keys, (2, 2, 3), sampler="ancestral", steps=5)
 
-    every, order = draw(keys), np.array([4, 0, 5, 2, 1, 3])
+    every, order = images(keys), np.array([4, 0, 5, 2, 1, 3])
     assert len(np.unique(np.asarray(every).round(4), axis=0)) == 6
-    np.testing.assert_array_equal(draw(keys[order]), every[order])
-    np.testing.assert_allclose(draw(keys[2:4]), every[2:4], atol=1e-5)
+    np.testing.assert_array_equal(images(keys[order]), every[order])
+    np.testing.assert_allclose(images(keys[2:4]), every[2:4], atol=1e-5)
 
 
 def test_noise_is_standard_normal_and_new_at_every_index():

@@ -1,7 +1,5 @@
 """jdm.nn.model: shapes, dtypes, what the head reads, and sizes that do not fit."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,20 +124,18 @@ def test_the_head_reads_the_time_itself(tiny_model, tiny_params, apply):
     assert np.abs(said[0] - said[1]).max(axis=1).min() > 1e-3
 
 
-def test_dropout_acts_in_training_alone(tiny_model, tiny_params):
-    model = tiny_model(multipliers=(1,), attention=())
+@pytest.mark.parametrize("where", ["dropout", "head_dropout"])
+def test_dropout_acts_in_training(tiny_model, tiny_params, where):
+    """And nowhere else: all the other tests have no key for it."""
+    rates = {"dropout": 0.0, "head_dropout": 0.0, where: 0.5}
+    model = tiny_model(multipliers=(1,), attention=(), **rates)
     params = {"params": tiny_params(model)}
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def predict(key, train):
-        return model.apply(params, X, T, train, rngs={"dropout": key})
-
-    keys = [jax.random.key(seed) for seed in (0, 0, 1)]
-    for one, same, other in zip(*(predict(key, True) for key in keys), strict=True):
-        np.testing.assert_array_equal(one, same)
-        assert np.abs(one - other).max() > 1e-3
-    for one, _, other in zip(*(predict(key, False) for key in keys), strict=True):
-        np.testing.assert_array_equal(one, other)
+    predict = jax.jit(lambda key: model.apply(params, X, T, True, rngs={"dropout": key}))
+    (raw, logits), same, other = (predict(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(same[0], raw)
+    np.testing.assert_array_equal(same[1], logits)
+    assert (np.abs(other[0] - raw).max() > 1e-3) == (where == "dropout")
+    assert np.abs(other[1] - logits).max() > 1e-3
 
 
 # Sizes and names that do not fit.
