@@ -24,7 +24,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tiny models run for milliseconds and compile for seconds: not optimising halves that. Trained
 # models are made without it, in a process of their own.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FAST_COMPILE, "").strip()  # a worker inherits
+os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {FAST_COMPILE}".strip()
 
 
 def _source_hash() -> str:
@@ -38,7 +39,7 @@ def _source_hash() -> str:
 @pytest.fixture(scope="session")
 def optimised() -> dict[str, str]:
     """The environment of a process whose programs are compiled for speed."""
-    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(FAST_COMPILE, "")}
+    return {**os.environ, "XLA_FLAGS": GIVEN_FLAGS}
 
 
 @pytest.fixture(scope="session")
