@@ -3,9 +3,9 @@
     python benchmarks/digits.py --workdir=runs/digits [--seed=0]
 
 What `make demo` runs, and what docs/results.md was measured with. Protocol: config `digits`;
-accuracy on the test split (360 images), which nothing was tuned on. For each guidance, 500
-samples, 50 of each class, with its default scale and the settings below, at seeds 0 to 499, which
-nothing was tuned on either; the lower of two judges fitted on the training pixels counts
+accuracy on the test split (360 images). For each guidance, 500 samples, 50 of each class, with its
+default scale and the settings below, at seeds 0 to 499; docs/results.md says what had been seen of
+these before the config was settled. The lower of two judges fitted on the training pixels counts
 (jdm.analysis.metrics).
 """
 

@@ -4,7 +4,7 @@
 
 Minutes on two CPU cores. Should reach what docs/results.md says, measured there with
 benchmarks/digits.py: the test accuracy, and how many guided samples show the class they were asked
-for. The values were chosen on the validation split.
+for. docs/results.md says on what the values were chosen.
 """
 
 from jdm.configs import base

@@ -77,7 +77,7 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     step = functools.partial(
         train_step, loss_fn=loss_fn, optimiser=optimiser, decay=config.train.ema_decay
     )
-    # The init runs once; on a CPU optimising it takes eight times as long as just compiling it.
+    # The init runs once; on a CPU, optimising it takes longer than all else about it.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return Run(
         model,
