@@ -5,17 +5,25 @@ sampler sees only the eps_fn that comes back, so any guidance goes with any samp
 
 In each of them a positive scale moves the *image* toward the asked class.
 
-(13)  pixel            eps - s sqrt(1 - abar_t) grad_x log p(y | x_t)
+(13)  pixel            eps - s sqrt(1 - abar_t) g,  g = grad_x log p(y | x_t)
                                                                 Dhariwal & Nichol 2021, alg. 2
-(14)  representation   decode(Z + a dZ), dZ = total derivative of log p(y | Z) with respect to
-                       every representation Z                   Deja et al. 2023, section 4
+(14)  representation   eps + s sqrt(1 - abar_t) |g| d / |d|,
+                       d = sense · [decode(Z + p dZ) - decode(Z - p dZ)],
+                       dZ = total derivative of log p(y | Z) with respect to every representation Z,
+                       p such that |p dZ| = REACH |Z|           after Deja et al. 2023, section 4
 
-What (14) does to the image depends on the network, because the decoder gets x_t only through Z.
-Moving Z up the classifier is like feeding the network x_t + d while x_t itself stays: a network
+The published update decodes Z + a dZ with one fixed a. What a given a does depends on the network,
+on t and on how sure the classifier is: too little here is too much there. (14) takes from the
+representations only the direction of the change, over a stretch that is measured by their own
+length, and from (13) how far to go, so that one scale means the same for both, at every t and for
+every network. The stretch is long on purpose: a network's answer to a large move says more about
+the class than its derivative does, and the difference of two sides drops what both share.
+
+Which side is toward the class depends on the network too, because the decoder gets x_t only through
+Z. Moving Z up the classifier is like feeding the network x_t + d while x_t itself stays: a network
 that predicts x_0 then estimates an image nearer to the class; one that predicts eps takes d for
 noise to be removed, and estimates an image further from it. For v neither holds at every t. So the
-sense is found for each image at each step: of the two moves a = +s and a = -s, the one whose
-estimate of x_0 lies further along grad_x log p(y | x_t) is the one toward the class.
+sense is found for each image at each step: the estimate of x_0 must move along g.
 """
 
 from collections.abc import Callable
@@ -30,6 +38,10 @@ from jdm.diffusion.samplers import EpsFn
 
 Labels = Int[Array, " b"]
 Scale = float | Float[Array, ""]
+
+# How far (14) moves the representations, in their own length, to see where that leads.
+REACH = 0.5
+TINY = 1e-20  # against 0 / 0, where a classifier is so sure that its gradient is 0
 
 
 class Network(NamedTuple):
@@ -49,9 +61,17 @@ def _log_likelihood(logits: Float[Array, "b k"], labels: Labels) -> Float[Array,
     return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
 
 
-def _inner(a: Images, b: Images) -> Float[Array, "b 1 1 1"]:
-    """Inner product of each pair of images."""
-    return (a * b).sum(axis=(1, 2, 3), keepdims=True)
+def _length(tree) -> Float[Array, " b"]:
+    """Euclidean length of each row, over all arrays [B, ...] of a pytree."""
+    squares = [
+        (x.astype(jnp.float32) ** 2).reshape(len(x), -1).sum(1) for x in jax.tree.leaves(tree)
+    ]
+    return jnp.sqrt(sum(squares))
+
+
+def _rows(values: Float[Array, " b"], x: Array) -> Array:
+    """One value per row, shaped and typed to multiply x [B, ...]."""
+    return values.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
 
 
 def none(network: Network, diffusion: Diffusion, labels: Labels | None, scale: Scale) -> EpsFn:
@@ -81,7 +101,7 @@ def pixel(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) 
 
 
 def representation(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) -> EpsFn:
-    """(14), in the sense that moves the image toward the class. scale: a."""
+    """(14), in the sense that moves the image toward the class. scale: s, as in (13)."""
 
     def eps_fn(x: Images, t: Times):
         def log_likelihood(x, nudges):
@@ -91,18 +111,20 @@ def representation(network: Network, diffusion: Diffusion, labels: Labels, scale
         shapes = jax.eval_shape(network.encode, x, t)
         nudges = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
         grads, features = jax.grad(log_likelihood, argnums=(0, 1), has_aux=True)(x, nudges)
-        toward, direction = grads
+        g, direction = grads
+        p = REACH * _length(features) / jnp.maximum(_length(direction), TINY)
 
-        def moved(amount):
-            features_moved = jax.tree.map(lambda z, dz: z + amount * dz, features, direction)
-            return network.decode(features_moved, x, t).eps
+        def moved(p):
+            there = jax.tree.map(lambda z, dz: z + _rows(p, z) * dz, features, direction)
+            return network.decode(there, x, t).eps
 
-        up, down = moved(scale), moved(-scale)
+        d = moved(p) - moved(-p)
         # x_0 = (x_t - b eps) / a: what adds to the estimate of x_0 takes from eps.
-        sense = _inner(down - up, toward) * scale > 0
-        # The variance stays the network's own; where none is learned, this decode is compiled away.
+        sense = jnp.where(_rows((d * g).sum(axis=(1, 2, 3)), x) < 0, 1, -1)
+        change = sense * d * _rows(_length(g) / jnp.maximum(_length(d), TINY), x)
         estimate = network.decode(features, x, t)
-        return estimate._replace(eps=jnp.where(sense, up, down))
+        _, b = diffusion.scales(t)
+        return estimate._replace(eps=estimate.eps + scale * b * change)
 
     return eps_fn
 
@@ -114,4 +136,4 @@ GUIDANCE: dict[str, Callable[..., EpsFn]] = {
 }
 
 # What digits, on their validation protocol, were happy with; other data may want others.
-DEFAULT_SCALES = {"none": 0.0, "pixel": 8.0, "representation": 300.0}
+DEFAULT_SCALES = {"none": 0.0, "pixel": 8.0, "representation": 8.0}

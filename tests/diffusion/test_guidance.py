@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, Network
+from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, REACH, Network
 from jdm.diffusion.process import PREDICTIONS, Diffusion, Estimate
 from jdm.diffusion.samplers import sample
 
@@ -178,7 +178,7 @@ def layered(shown: str) -> Network:
         return layers(jnp, flat, nudges or zeros)
 
     def decode(features, x, t):
-        return Estimate(features[shown].reshape(x.shape))
+        return Estimate(jnp.tanh(features[shown]).reshape(x.shape))
 
     def classify(features, t):
         return features["late"] @ READ.T + 0.3 * features["early"][:, :3]
@@ -207,17 +207,41 @@ def slopes(f, shape) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 @pytest.mark.parametrize("layer", ["early", "late"])
-def test_every_representation_moves_by_the_total_derivative(layer, scale):
+def test_representations_move_along_the_total_derivative_and_eps_as_far_as_under_pixel(
+    layer, scale
+):
     """By finite differences: the path from the early layer through the late one counts too."""
     x = np.asarray(X, np.float64).reshape(5, 4)
     zero = {"early": np.zeros((5, 4)), "late": np.zeros((5, 4))}
-    total = slopes(lambda h: log_likelihood(x, zero | {layer: h}), (5, 4))
+    total = {
+        name: slopes(lambda h, name=name: log_likelihood(x, zero | {name: h}), (5, 4))
+        for name in zero
+    }
     toward = slopes(lambda h: log_likelihood(x + h, zero), (5, 4))
-    # eps + d moves the estimate of x_0 along -d: here against the class when d goes up.
-    sense = -np.sign((total * toward).sum(axis=1, keepdims=True))
-    expected = layers(np, x, zero)[layer] + scale * sense * total
+    features = layers(np, x, zero)
+
+    def length(*arrays):
+        return np.sqrt(sum((a**2).sum(axis=1, keepdims=True) for a in arrays))
+
+    p = REACH * length(*features.values()) / length(*total.values())
+    # The decoder shows one layer through a tanh, so that the derivative alone would not do.
+    change = np.tanh(features[layer] + p * total[layer]) - np.tanh(
+        features[layer] - p * total[layer]
+    )
+    # eps + d moves the estimate of x_0 along -d.
+    sense = -np.sign((change * toward).sum(axis=1, keepdims=True))
+    b = np.sqrt(1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None]
+    expected = np.tanh(features[layer]) + scale * b * length(toward) * sense * change / length(
+        change
+    )
     ours = run("representation", layered(layer), scale=scale)
     np.testing.assert_allclose(ours.eps.reshape(5, 4), expected, atol=1e-4)
+
+
+def test_a_classifier_without_an_opinion_changes_nothing():
+    network = layered("late")._replace(classify=lambda features, t: jnp.zeros((5, 3)))
+    plain = run("none", network)
+    np.testing.assert_array_equal(run("representation", network, scale=5.0).eps, plain.eps)
 
 
 def test_the_toy_tells_total_from_direct_derivatives():
