@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
             ),
             diffusion=dict(steps=1000, schedule="linear", prediction="eps", variance="fixed_large"),
             loss=dict(
+                kind="mse",  # or the variational bound: "kl", "rescaled_kl" (times T)
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both
                 min_snr_gamma=0.0,  # 0: every noise level weighs the same

@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
     "diffusion.prediction": ("eps", "x0", "v"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
+    "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
     "data.name": ("digits",),

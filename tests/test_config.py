@@ -19,7 +19,7 @@ from jdm.mesh import make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.training import build
-from jdm.training.loss import CLASSIFY, JointLoss
+from jdm.training.loss import CLASSIFY, KINDS, JointLoss
 from jdm.training.step import step_keys
 
 NAME = "tiny"  # any config will do where its values do not matter
@@ -299,6 +299,7 @@ def test_choices_are_the_names_beside_the_functions():
         "diffusion.schedule": SCHEDULES,
         "diffusion.prediction": PREDICTIONS,
         "diffusion.variance": VARIANCES,
+        "loss.kind": KINDS,
         "loss.classify": CLASSIFY,
         "optim.schedule": build.SCHEDULES,
         "data.name": DATASETS,

@@ -8,6 +8,9 @@ Owns what the network is asked at each step. Does not know optimisers.
       images at t = 0, the noised ones at their own t, or both; Z is the encoder's representations
 (12)  learned variance adds b · T · bound(t), which trains the variance alone: the estimate of the
       noise is held fixed inside it                                  Nichol & Dhariwal 2021, eq. 16
+(10b) the variational bound itself in place of (10): L_diffusion = mean of bound(t) for "kl", of
+      T · bound(t), an estimate of the whole chain's, for "rescaled_kl"; in bits per dimension
+                                                                     Ho et al. 2020, eq. 5
 """
 
 import dataclasses
@@ -22,6 +25,10 @@ from jdm.nn.model import JointModel
 
 # Which halves of the encoder's batch [noised; clean] the classifier is trained on.
 CLASSIFY = ("clean", "noised", "both")
+
+# What L_diffusion is: the squared error (10), or (10b) with its factor of the bound: T -> factor.
+BOUND_FACTORS = {"kl": lambda steps: 1, "rescaled_kl": lambda steps: steps}
+KINDS = ("mse", *BOUND_FACTORS)
 
 # One number of one step, to be summed over steps before it is divided: (sum, count).
 Average = tuple[Float[Array, ""], Float[Array, ""]]
@@ -41,20 +48,30 @@ def masked_cross_entropy(
 class JointLoss:
     """The joint loss of a model under a diffusion.
 
-    weight: lambda of (9). classify: which inputs the classifier is trained on, one of CLASSIFY.
-    min_snr_gamma: gamma of the min-SNR weights of (10), 0 for uniform weights. variance_weight: b
-    of (12), used where the variance is learned.
+    kind: of the diffusion term, one of KINDS. weight: lambda of (9). classify: which inputs the
+    classifier is trained on, one of CLASSIFY. min_snr_gamma: gamma of the min-SNR weights of (10),
+    0 for uniform weights. variance_weight: b of (12), used where the variance is learned and the
+    kind is "mse"; the bound trains mean and variance alike.
+
+    Raises ValueError for an unknown name, and for min-SNR weights of a bound.
     """
 
     model: JointModel
     diffusion: Diffusion
+    kind: str
     weight: float
     classify: str
     min_snr_gamma: float
     variance_weight: float
 
     def __post_init__(self):
+        pick("loss.kind", self.kind, KINDS)
         pick("loss.classify", self.classify, CLASSIFY)
+        if self.min_snr_gamma and self.kind != "mse":
+            raise ValueError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} weighs squared errors and does not go "
+                f"with loss.kind={self.kind!r}; 0 is needed"
+            )
 
     def __call__(
         self, params, batch: dict[str, Array], keys: dict[str, Key[Array, ""]]
@@ -102,9 +119,12 @@ class JointLoss:
         return raw, apply("classify", features, times), jnp.concatenate([labels, labels])
 
     def _diffusion_term(self, raw, x0, xt, t, eps):
-        """((10) with (12), the plain mean squared error)."""
+        """((10) with (12), or (10b), the plain mean squared error)."""
         prediction, variance = self.diffusion.split(raw)
         error = ((self.diffusion.target(x0, t, eps) - prediction) ** 2).mean(axis=(1, 2, 3))
+        if self.kind in BOUND_FACTORS:
+            bound = self.diffusion.bound(self.diffusion.estimate(raw, xt, t), x0, xt, t).mean()
+            return BOUND_FACTORS[self.kind](self.diffusion.steps) * bound, error.mean()
         term = (self.diffusion.loss_weight(t, self.min_snr_gamma) * error).mean()
         if variance is not None:
             estimate = self.diffusion.estimate(raw, xt, t)

@@ -13,7 +13,7 @@ from jdm.configs import base
 from jdm.diffusion.process import PREDICTIONS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
-from jdm.training.loss import CLASSIFY, JointLoss, masked_cross_entropy
+from jdm.training.loss import CLASSIFY, KINDS, JointLoss, masked_cross_entropy
 
 SEEN = []  # what the toy's encoder was given, in order
 
@@ -291,3 +291,53 @@ def test_the_bound_is_scaled_to_the_whole_chain():
     bound = diffusion.bound(estimate, x0, found.x, found.t).mean()
     extra = found.loss - found.sums["diffusion"]
     np.testing.assert_allclose(extra, 0.001 * 50 * bound, rtol=1e-4)
+
+
+# The variational bound as the loss.
+
+
+def random_raw(channels: int):
+    """Parameters under which every pixel of every row has an output of its own."""
+    return PARAMS | {"raw": jnp.asarray(RNG.normal(size=(8, 4, 4, channels)), jnp.float32)}
+
+
+@pytest.mark.parametrize("variance, channels", [("fixed_large", 1), ("learned", 2)])
+def test_the_loss_is_the_bound_and_rescaled_the_bound_of_the_whole_chain(variance, channels):
+    diffusion, params = dataclasses.replace(DIFFUSION, variance=variance), random_raw(channels)
+    found = {
+        kind: evaluate(joint_loss(diffusion, kind=kind, classify="noised", weight=0.0), params)
+        for kind in KINDS
+    }
+    seen = found["kl"]
+    x0 = jnp.asarray(np.asarray(BATCH["image"]) / 127.5 - 1, jnp.float32)
+    estimate = diffusion.estimate(params["raw"], seen.x, seen.t)
+    bound = diffusion.bound(estimate, x0, seen.x, seen.t).mean()
+    np.testing.assert_allclose(seen.loss, bound, rtol=1e-4)
+    np.testing.assert_allclose(found["rescaled_kl"].loss, 50 * bound, rtol=1e-4)
+    # What is reported is the squared error, whatever is trained.
+    assert len({one.sums["diffusion"] for one in found.values()}) == 1
+
+
+def test_the_gradient_of_the_bound_reaches_the_mean_and_the_variance():
+    diffusion, params = dataclasses.replace(DIFFUSION, variance="learned"), random_raw(2)
+    loss_fn = joint_loss(diffusion, kind="kl", classify="noised", weight=0.0, variance_weight=0.0)
+    grad = np.asarray(gradient(loss_fn, params)["raw"])
+    seen = evaluate(loss_fn, params)
+    # At t > 0 the mean is in the bound as (mu~ - mu)² / (2 sigma²), mu = mu~ + k (eps - eps_hat).
+    t = np.asarray(seen.t)
+    later = t > 0
+    assert later.sum() > 5 and np.abs(grad[later, ..., 1:]).min() > 0
+    abar, abar_s = diffusion.abar[t], np.append(1, diffusion.abar)[t]
+    k = np.sqrt(abar_s) * (1 - abar / abar_s) / (1 - abar) * np.sqrt((1 - abar) / abar)
+    a, b, k = (x[:, None, None, None] for x in (np.sqrt(abar), np.sqrt(1 - abar), k))
+    x0 = np.asarray(BATCH["image"]) / 127.5 - 1
+    eps = (np.asarray(seen.x) - a * x0) / b
+    log_variance = np.asarray(diffusion.estimate(params["raw"], seen.x, seen.t).log_variance)
+    slope = k**2 * (np.asarray(params["raw"])[..., :1] - eps) / np.exp(log_variance)
+    expected = (slope / np.log(2) / eps.size)[later]
+    np.testing.assert_allclose(grad[later, ..., :1], expected, rtol=1e-2, atol=1e-5)
+
+
+def test_min_snr_weights_of_a_bound_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^loss\.min_snr_gamma=5\.0 .* loss\.kind='kl'; 0 is"):
+        joint_loss(kind="kl", min_snr_gamma=5.0)
