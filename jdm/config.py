@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_order": ("head_first", "qkv_first"),
     "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
-    "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.prediction": ("eps", "x0", "v", "previous"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
     "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),

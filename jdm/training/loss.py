@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jdm.diffusion.process import Diffusion, pick, pixels_to_float
+from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion, pick, pixels_to_float
 from jdm.nn.model import JointModel
 
 # Which halves of the encoder's batch [noised; clean] the classifier is trained on.
@@ -53,7 +53,7 @@ class JointLoss:
     0 for uniform weights. variance_weight: b of (12), used where the variance is learned and the
     kind is "mse"; the bound trains mean and variance alike.
 
-    Raises ValueError for an unknown name, and for min-SNR weights of a bound.
+    Raises ValueError for an unknown name, and for min-SNR weights where (6) has none.
     """
 
     model: JointModel
@@ -71,6 +71,12 @@ class JointLoss:
             raise ValueError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} weighs squared errors and does not go "
                 f"with loss.kind={self.kind!r}; 0 is needed"
+            )
+        if self.min_snr_gamma and self.diffusion.prediction not in MIN_SNR_WEIGHTS:
+            raise ValueError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} does not go with "
+                f"diffusion.prediction={self.diffusion.prediction!r}; 0 is needed, or one of "
+                f"{', '.join(MIN_SNR_WEIGHTS)}"
             )
 
     def __call__(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jdm.configs import base
-from jdm.diffusion.process import PREDICTIONS, Diffusion
+from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
 from jdm.training.loss import CLASSIFY, KINDS, JointLoss, masked_cross_entropy
@@ -158,7 +158,7 @@ def test_the_error_is_a_mean_over_pixels_and_channels(size, channels):
     assert np.isclose(evaluate(loss_fn, PARAMS | {"raw": raw}, batch).loss, (x0 - 0.1) ** 2)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", MIN_SNR_WEIGHTS)
 def test_errors_are_weighted_by_min_snr_and_reported_unweighted(prediction):
     batch, x0 = pixels(-0.4, size=4)
     diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
@@ -338,6 +338,11 @@ def test_the_gradient_of_the_bound_reaches_the_mean_and_the_variance():
     np.testing.assert_allclose(grad[later, ..., :1], expected, rtol=1e-2, atol=1e-5)
 
 
-def test_min_snr_weights_of_a_bound_are_refused_by_name():
+def test_min_snr_weights_of_what_has_none_are_refused_by_name():
+    previous = dataclasses.replace(DIFFUSION, prediction="previous")
+    with pytest.raises(
+        ValueError, match=r"^loss\.min_snr_gamma=5\.0 .* diffusion\.prediction='prev"
+    ):
+        joint_loss(previous, min_snr_gamma=5.0)
     with pytest.raises(ValueError, match=r"^loss\.min_snr_gamma=5\.0 .* loss\.kind='kl'; 0 is"):
         joint_loss(kind="kl", min_snr_gamma=5.0)
