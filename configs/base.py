@@ -51,7 +51,11 @@ def get_config() -> ConfigDict:
                 b1=0.9,
                 b2=0.999,
             ),
-            train=dict(steps=1000, ema_decay=0.999),
+            train=dict(
+                steps=1000,
+                ema_decay=0.999,
+                t_sampler="uniform",  # how noise levels are drawn; or "loss_second_moment"
+            ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),
             eval=dict(every=1000, batch_size=256),

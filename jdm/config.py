@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
+    "train.t_sampler": ("uniform", "loss_second_moment"),
     "data.name": ("digits",),
 }
 

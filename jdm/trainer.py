@@ -170,7 +170,8 @@ def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIte
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
     """The item `train_state`: the averages are the item `weights`, and stored once."""
-    return {"step": state.step, "params": state.params, "optimiser": state.optimiser}
+    rest = {name: value for name, value in vars(state).items() if name != "ema"}
+    return {name: value for name, value in rest.items() if value is not None}
 
 
 def fetch(pending: list[dict], first: int) -> dict[str, float]:

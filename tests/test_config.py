@@ -19,8 +19,8 @@ from jdm.mesh import make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.training import build
-from jdm.training.loss import CLASSIFY, KINDS, JointLoss
-from jdm.training.step import step_keys
+from jdm.training.loss import CLASSIFY, KINDS
+from jdm.training.t_sampler import T_SAMPLERS
 
 NAME = "tiny"  # any config will do where its values do not matter
 KEYS = flatten(base.get_config())
@@ -62,12 +62,8 @@ def test_every_named_config_builds_and_has_a_loss(name):
         "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
-    loss_fn = JointLoss(run.model, run.diffusion, **config.loss)
-
-    def first_loss(state, batch, root):
-        return loss_fn(state.params, batch, step_keys(root, state.step))[0]
-
-    assert jax.eval_shape(first_loss, run.state, batch, jax.random.key(0)).shape == ()
+    _, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
+    assert averages["loss"][0].shape == ()
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -302,6 +298,7 @@ def test_choices_are_the_names_beside_the_functions():
         "loss.kind": KINDS,
         "loss.classify": CLASSIFY,
         "optim.schedule": build.SCHEDULES,
+        "train.t_sampler": T_SAMPLERS,
         "data.name": DATASETS,
     }
     assert {key: tuple(names) for key, names in known.items()} == CHOICES

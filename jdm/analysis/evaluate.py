@@ -31,7 +31,8 @@ def classification(
     for batch in eval_batches(images, labels, batch_size):
         logits = joint.logits(pixels_to_float(jnp.asarray(batch["image"])))
         labelled = np.where(batch["mask"], batch["label"], -1)
-        sums += np.array(masked_cross_entropy(logits, jnp.asarray(labelled)), np.float64)
+        rows = np.array(masked_cross_entropy(logits, jnp.asarray(labelled)), np.float64)
+        sums += rows.sum(axis=1)
     entropy, correct, count = sums
     if count == 0:
         raise ValueError("no image of the split is labelled")

@@ -16,6 +16,7 @@ from jdm.diffusion.process import Diffusion, pick
 from jdm.nn.model import JointModel, check_shape
 from jdm.training.loss import JointLoss
 from jdm.training.step import TrainState, init_state, train_step
+from jdm.training.t_sampler import T_SAMPLERS
 
 # What the learning rate does after the warm-up: (peak, steps left) -> schedule.
 SCHEDULES: dict[str, Callable] = {
@@ -69,13 +70,19 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     check_shape(model)
     loss_fn = JointLoss(model, diffusion, **config.loss)
     optimiser = make_optimiser(**config.optim, total_steps=config.train.steps)
-    init = functools.partial(init_state, model, optimiser)
+    name = pick("train.t_sampler", config.train.t_sampler, T_SAMPLERS)
+    t_sampler = T_SAMPLERS[name](diffusion.steps)
+    init = functools.partial(init_state, model, optimiser, t_sampler)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding),
         jax.eval_shape(init, jax.random.key(0)),
     )
     step = functools.partial(
-        train_step, loss_fn=loss_fn, optimiser=optimiser, decay=config.train.ema_decay
+        train_step,
+        loss_fn=loss_fn,
+        t_sampler=t_sampler,
+        optimiser=optimiser,
+        decay=config.train.ema_decay,
     )
     # The init runs once; on a CPU, optimising it takes longer than all else about it.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -14,13 +14,21 @@ Owns what the network is asked at each step. Does not know optimisers.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion, pick, pixels_to_float
+from jdm.diffusion.process import (
+    MIN_SNR_WEIGHTS,
+    Diffusion,
+    Images,
+    Times,
+    pick,
+    pixels_to_float,
+)
 from jdm.nn.model import JointModel
 
 # Which halves of the encoder's batch [noised; clean] the classifier is trained on.
@@ -34,14 +42,33 @@ KINDS = ("mse", *BOUND_FACTORS)
 Average = tuple[Float[Array, ""], Float[Array, ""]]
 
 
+class Rows(NamedTuple):
+    """What is asked about each row of a batch, and what its answers add to the loss.
+
+    The sums over a batch are divided before they are taken: a row carries its share, so that the
+    loss of a batch is the sum of those of its parts, however the labels lie in them.
+
+    x0, eps: [B, H, W, C]. t: int32 [B]. label: int32 [B], -1 = unlabelled. share: of its part of
+    (10), what it counts over the number of rows. class_share: of its part of (11), lambda over the
+    number of labelled inputs.
+    """
+
+    x0: Images
+    t: Times
+    eps: Images
+    label: Int[Array, " b"]
+    share: Float[Array, " b"]
+    class_share: Float[Array, " b"]
+
+
 def masked_cross_entropy(
     logits: Float[Array, "b k"], labels: Int[Array, " b"]
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """(summed cross-entropy in nats, correct, labelled) over the rows whose label is not -1."""
+) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """(cross-entropy in nats, correct, labelled) of each row, 0 where the label is -1."""
     labelled = labels >= 0
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     correct = labelled & (logits.argmax(axis=-1) == labels)
-    return jnp.where(labelled, entropy, 0).sum(), correct.sum() * 1.0, labelled.sum() * 1.0
+    return jnp.where(labelled, entropy, 0), correct * 1.0, labelled * 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +106,44 @@ class JointLoss:
                 f"{', '.join(MIN_SNR_WEIGHTS)}"
             )
 
-    def __call__(
-        self, params, batch: dict[str, Array], keys: dict[str, Key[Array, ""]]
-    ) -> tuple[Float[Array, ""], dict[str, Average]]:
-        """(L, averages) of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
+    def rows(
+        self, batch: dict[str, Array], t: Times, counts: Float[Array, " b"], key: Key[Array, ""]
+    ) -> Rows:
+        """The rows of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
 
-        keys: the streams t, noise and dropout. The averages are pairs (sum, count).
+        t: their noise levels. counts: what each counts in (10). key: of the noise.
         """
-        x0 = pixels_to_float(batch["image"])
-        t = jax.random.randint(keys["t"], x0.shape[:1], 0, self.diffusion.steps)
-        eps = jax.random.normal(keys["noise"], x0.shape)
-        xt = self.diffusion.q_sample(x0, t, eps)
+        x0, label = pixels_to_float(batch["image"]), batch["label"]
+        eps = jax.random.normal(key, x0.shape)
+        inputs = (label >= 0).sum() * (2 if self.classify == "both" else 1)
+        class_share = jnp.full(t.shape, self.weight) / jnp.maximum(inputs, 1)
+        return Rows(x0, t, eps, label, counts / len(t), class_share)
 
-        raw, logits, labels = self._network(params, x0, xt, t, batch["label"], keys["dropout"])
+    def __call__(
+        self, params, rows: Rows, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Average], Float[Array, " b"]]]:
+        """(what the rows add to L, (averages, the diffusion term of each row)).
 
-        diffusion, error = self._diffusion_term(raw, x0, xt, t, eps)
+        key: of the dropout. The averages are pairs (sum, count).
+        """
+        xt = self.diffusion.q_sample(rows.x0, rows.t, rows.eps)
+        raw, logits, labels = self._network(params, rows, xt, key)
+        term, error = self._diffusion_term(raw, rows, xt)
         entropy, correct, labelled = masked_cross_entropy(logits, labels)
-        loss = diffusion + self.weight * entropy / jnp.maximum(labelled, 1)  # (9)
-        one = jnp.ones(())
-        return loss, {
-            "loss": (loss, one),
-            "diffusion": (error, one),
-            "cross_entropy": (entropy, labelled),
-            "accuracy": (correct, labelled),
-        }
+        class_share = jnp.resize(rows.class_share, labels.shape)
+        loss = (rows.share * term).sum() + (class_share * entropy).sum()  # (9)
+        return loss, (
+            {
+                "diffusion": ((rows.share * error).sum(), rows.share.sum()),
+                "cross_entropy": (entropy.sum(), labelled.sum()),
+                "accuracy": (correct.sum(), labelled.sum()),
+            },
+            term,
+        )
 
-    def _network(self, params, x0, xt, t, labels, key):
+    def _network(self, params, rows, xt, key):
         """(raw output at (xt, t), logits, their labels), from one encoder pass over both inputs."""
+        t, labels = rows.t, rows.label
 
         def apply(method, *args):
             return self.model.apply(
@@ -116,7 +154,7 @@ class JointLoss:
             features = apply("encode", xt, t)
             return apply("decode", features, t), apply("classify", features, t), labels
         times = jnp.concatenate([t, jnp.zeros_like(t)])
-        features = apply("encode", jnp.concatenate([xt, x0]), times)
+        features = apply("encode", jnp.concatenate([xt, rows.x0]), times)
         noised = jax.tree.map(lambda z: z[: len(t)], features)
         clean = jax.tree.map(lambda z: z[len(t) :], features)
         raw = apply("decode", noised, t)
@@ -124,17 +162,19 @@ class JointLoss:
             return raw, apply("classify", clean, times[len(t) :]), labels
         return raw, apply("classify", features, times), jnp.concatenate([labels, labels])
 
-    def _diffusion_term(self, raw, x0, xt, t, eps):
-        """((10) with (12), or (10b), the plain mean squared error)."""
+    def _diffusion_term(self, raw, rows, xt):
+        """(each row's (10) with (12), or (10b), each row's plain squared error)."""
+        x0, t = rows.x0, rows.t
         prediction, variance = self.diffusion.split(raw)
-        error = ((self.diffusion.target(x0, t, eps) - prediction) ** 2).mean(axis=(1, 2, 3))
+        target = self.diffusion.target(x0, t, rows.eps)
+        error = ((target - prediction) ** 2).mean(axis=(1, 2, 3))
         if self.kind in BOUND_FACTORS:
-            bound = self.diffusion.bound(self.diffusion.estimate(raw, xt, t), x0, xt, t).mean()
-            return BOUND_FACTORS[self.kind](self.diffusion.steps) * bound, error.mean()
-        term = (self.diffusion.loss_weight(t, self.min_snr_gamma) * error).mean()
+            bound = self.diffusion.bound(self.diffusion.estimate(raw, xt, t), x0, xt, t)
+            return BOUND_FACTORS[self.kind](self.diffusion.steps) * bound, error
+        term = self.diffusion.loss_weight(t, self.min_snr_gamma) * error
         if variance is not None:
             estimate = self.diffusion.estimate(raw, xt, t)
             estimate = estimate._replace(eps=jax.lax.stop_gradient(estimate.eps))
-            bound = self.diffusion.bound(estimate, x0, xt, t).mean()
+            bound = self.diffusion.bound(estimate, x0, xt, t)
             term += self.variance_weight * self.diffusion.steps * bound
-        return term, error.mean()
+        return term, error

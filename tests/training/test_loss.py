@@ -14,6 +14,7 @@ from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
 from jdm.training.loss import CLASSIFY, KINDS, JointLoss, masked_cross_entropy
+from jdm.training.t_sampler import T_SAMPLERS
 
 SEEN = []  # what the toy's encoder was given, in order
 
@@ -66,13 +67,22 @@ def joint_loss(diffusion=DIFFUSION, **settings) -> JointLoss:
     return JointLoss(MODEL, diffusion, **settings)
 
 
+def whole_loss(loss_fn, params, batch, drawn):
+    """(the loss, its averages) of a batch with evenly drawn times."""
+    count = len(batch["image"])
+    t, counts = T_SAMPLERS["uniform"](loss_fn.diffusion.steps).draw(drawn["t"], None, count)
+    rows = loss_fn.rows(batch, t, counts, drawn["noise"])
+    loss, (averages, _) = loss_fn(params, rows, drawn["dropout"])
+    return loss, averages
+
+
 def evaluate(loss_fn, params=PARAMS, batch=BATCH, **changed):
     """The loss, sums and counts of the averages, and what the encoder saw.
 
     Not compiled: small operations are compiled once for all tests, a whole loss for each.
     """
     SEEN.clear()
-    loss, averages = loss_fn(params, batch, keys(**changed))
+    loss, averages = whole_loss(loss_fn, params, batch, keys(**changed))
     ((x, t),) = SEEN  # one encoder pass
     return SimpleNamespace(
         loss=float(loss),
@@ -129,7 +139,7 @@ def test_times_cover_the_whole_chain_evenly_and_noise_is_standard_normal():
     @jax.jit
     def inputs():
         SEEN.clear()
-        loss_fn(PARAMS, batch, keys())
+        whole_loss(loss_fn, PARAMS, batch, keys())
         return SEEN[0]
 
     x, t = (np.asarray(seen) for seen in inputs())
@@ -212,7 +222,7 @@ def test_lambda_scales_the_classifiers_term_alone(weight):
 
 
 def gradient(loss_fn, params=PARAMS, batch=BATCH):
-    return jax.grad(lambda params: loss_fn(params, batch, keys())[0])(params)
+    return jax.grad(lambda params: whole_loss(loss_fn, params, batch, keys())[0])(params)
 
 
 def test_unlabelled_rows_change_nothing_for_the_classifier():
@@ -223,7 +233,7 @@ def test_unlabelled_rows_change_nothing_for_the_classifier():
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def value_and_grad(logits):
-        total, correct, count = masked_cross_entropy(logits, labels)
+        total, correct, count = (each.sum() for each in masked_cross_entropy(logits, labels))
         return total, (correct, count)
 
     (total, (correct, count)), grad = value_and_grad(logits)

@@ -1,5 +1,6 @@
 """jdm.training.step: what one step does to a state, with losses and networks that are tiny."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 from jdm.training.step import STREAMS, TrainState, ema_decay, step_keys, train_step
+from jdm.training.t_sampler import T_SAMPLERS, History
 
 ROOT = jax.random.key(3)
 
@@ -48,10 +50,26 @@ def test_ema_decay_is_short_at_first(step, decay, expected):
     np.testing.assert_allclose(ema_decay(jnp.int32(step), decay), expected, rtol=1e-6)
 
 
-def quadratic(params, batch, keys):
-    """Half the squared distance to the batch's target, which has the gradient params - target."""
-    loss = 0.5 * ((params["w"] - batch["target"]) ** 2).sum()
-    return loss, {"loss": (loss, jnp.ones(()))}
+class Quadratic:
+    """Half the squared distance to the batch's target, which has the gradient params - target.
+
+    Each row of the batch holds the whole target, and its share of the rows.
+    """
+
+    def __init__(self):
+        self.given = []  # the keys of each step: of the noise, of the dropout
+
+    def rows(self, batch, t, counts, key):
+        self.given.append([key])
+        return {"target": batch["image"], "share": counts / len(counts)}
+
+    def __call__(self, params, rows, key):
+        self.given[-1].append(key)
+        terms = 0.5 * ((params["w"] - rows["target"]) ** 2).sum(axis=1)
+        return (rows["share"] * terms).sum(), ({}, terms)
+
+
+T_SAMPLER = T_SAMPLERS["uniform"](100)
 
 
 def start(optimiser, w) -> TrainState:
@@ -62,16 +80,22 @@ def start(optimiser, w) -> TrainState:
 def test_three_steps_of_gradient_descent_and_of_the_moving_average():
     optimiser, target = optax.sgd(0.5), np.array([1.0, -2.0])
     state = start(optimiser, [0.0, 4.0])
+    step = functools.partial(
+        train_step,
+        root=ROOT,
+        loss_fn=Quadratic(),
+        t_sampler=T_SAMPLER,
+        optimiser=optimiser,
+        decay=0.15,
+    )
     w, ema = np.array([0.0, 4.0]), np.array([0.0, 4.0])
     for t in range(3):
         gradient = w - target
         w = w - 0.5 * gradient
         keep = min(0.15, (1 + t) / (10 + t))  # 0.1 at first, then 0.15
         ema = keep * ema + (1 - keep) * w
-        batch = {"target": jnp.asarray(target, jnp.float32)}
-        state, averages = train_step(
-            state, batch, ROOT, loss_fn=quadratic, optimiser=optimiser, decay=0.15
-        )
+        batch = {"image": jnp.asarray([target, target], jnp.float32)}
+        state, averages = step(state, batch)
         np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
         np.testing.assert_allclose(state.ema["w"], ema, rtol=1e-5)
         assert state.step == t + 1
@@ -81,21 +105,29 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
 
 
 def test_the_loss_is_given_the_keys_of_its_step():
-    given = []
+    loss_fn, optimiser = Quadratic(), optax.sgd(0.1)
+    state, times = start(optimiser, [0.0]), []
 
-    def loss_fn(params, batch, keys):
-        given.append({name: bits(key) for name, key in keys.items()})
-        return quadratic(params, batch, keys)
+    def draw(key, history, rows):
+        times.append(key)
+        return T_SAMPLER.draw(key, history, rows)
 
-    optimiser = optax.sgd(0.1)
-    state = start(optimiser, [0.0])
     for _ in range(3):
         state, _ = train_step(
-            state, {"target": jnp.ones(1)}, ROOT, loss_fn=loss_fn, optimiser=optimiser, decay=0.9
+            state,
+            {"image": jnp.ones((2, 1))},
+            ROOT,
+            loss_fn=loss_fn,
+            t_sampler=T_SAMPLER._replace(draw=draw),
+            optimiser=optimiser,
+            decay=0.9,
         )
-    for step, keys in enumerate(given):
+    for step, (noise, dropout) in enumerate(loss_fn.given):
         expected = step_keys(ROOT, jnp.int32(step))
-        assert keys == {name: bits(key) for name, key in expected.items()}
+        given = {"t": times[step], "noise": noise, "dropout": dropout}
+        assert {name: bits(key) for name, key in given.items()} == {
+            name: bits(key) for name, key in expected.items()
+        }
 
 
 # A real network.
@@ -193,9 +225,19 @@ np.savez(sys.argv[2], **arrays, **losses)
 """
 
 
+def with_history(state):
+    """The same with ten losses at each noise level."""
+    losses = np.random.default_rng(2).uniform(0.1, 2, size=state.t_history.losses.shape)
+    seen = np.full(len(losses), losses.shape[1], np.int32)
+    return state.replace(t_history=History(jnp.asarray(losses, jnp.float32), jnp.asarray(seen)))
+
+
 def test_eight_devices_compute_what_one_does(tiny_run, tmp_path):
-    """Two steps, on a batch whose labels are missing on the first devices."""
-    state = tiny_run.start()
+    """Two steps, on a batch whose labels are missing on the first devices.
+
+    Every noise level has losses already, so that what each row counts is not 1.
+    """
+    state = with_history(tiny_run.start())
     arrays = {str(i): leaf for i, leaf in enumerate(leaves(state))}
     np.savez(tmp_path / "in.npz", **arrays, **tiny_run.batch)
     code = EIGHT_DEVICES.format(here=str(Path(__file__).parent))
@@ -207,11 +249,12 @@ def test_eight_devices_compute_what_one_does(tiny_run, tmp_path):
         timeout=120,
     )
     state, seen = tiny_run.steps(state, 2)
+    assert int(state.t_history.seen.sum()) == 10 * 100 + 2 * 16
     ours = np.load(tmp_path / "out.npz")
     for name, value in seen[-1].items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-4)
     given = jax.tree.unflatten(jax.tree.structure(state), [ours[i] for i in arrays])
-    moments = [leaves(s.optimiser) for s in (state, given)]
+    moments = [leaves((s.optimiser, s.t_history)) for s in (state, given)]
     for one, eight in zip(*moments, strict=True):
         np.testing.assert_allclose(eight, one, atol=1e-4 * np.abs(one).max() + 1e-7)
     # Adam divides by the gradient's own size: a weight whose gradient is 0 but for its last digits
