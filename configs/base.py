@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 steps=1000,
                 ema_decay=0.999,
                 t_sampler="uniform",  # how noise levels are drawn; or "loss_second_moment"
+                accumulate=1,  # parts that a batch is taken in, where it does not fit in memory
             ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),

@@ -47,7 +47,13 @@ RANGES: dict[str, tuple] = {
     **dict.fromkeys(
         ("data.batch_size", "model.image_size", "model.image_channels", "model.channels")
         + ("model.num_classes", "model.blocks", "model.heads", "model.head_width", "optim.lr")
-        + ("diffusion.steps", "train.steps", "eval.batch_size", "checkpoint.keep"),
+        + (
+            "diffusion.steps",
+            "train.steps",
+            "train.accumulate",
+            "eval.batch_size",
+            "checkpoint.keep",
+        ),
         _POSITIVE,
     ),
     **dict.fromkeys(
@@ -195,6 +201,11 @@ def check(config: ConfigDict, where: str) -> None:
             f"config.model.learned_variance={values['model.learned_variance']} does not go with "
             f"config.diffusion.variance={values['diffusion.variance']!r}; learned needs True, "
             "the fixed ones False"
+        )
+    if values["data.batch_size"] % values["train.accumulate"]:
+        raise ConfigError(
+            f"config.data.batch_size={values['data.batch_size']} does not divide by "
+            f"config.train.accumulate={values['train.accumulate']}"
         )
 
 

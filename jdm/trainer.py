@@ -123,8 +123,10 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
                 f"config.model.{key}={config.model[key]} does not fit "
                 f"config.data.name={config.data.name!r}, which has {fact}"
             )
+    rows, parts = config.data.batch_size, config.train.accumulate
+    name = "data.batch_size" if parts == 1 else "data.batch_size / train.accumulate"
     try:
-        check_batch(config.data.batch_size, mesh, "data.batch_size")
+        check_batch(rows // parts, mesh, name)
         return build(config, replicated(mesh))
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error

@@ -284,6 +284,12 @@ def test_learned_variance_is_asked_for_in_both_places_or_in_neither(overrides):
     assert "config.diffusion.variance" in sentence
 
 
+def test_a_batch_divides_by_the_parts_it_is_taken_in():
+    sentence = refused("data.batch_size=16", "train.accumulate=3")
+    assert sentence == "config.data.batch_size=16 does not divide by config.train.accumulate=3"
+    assert load("data.batch_size=15", "train.accumulate=3").train.accumulate == 3
+
+
 # What it is held together with.
 
 

@@ -83,6 +83,7 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
         t_sampler=t_sampler,
         optimiser=optimiser,
         decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
     )
     # The init runs once; on a CPU, optimising it takes longer than all else about it.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

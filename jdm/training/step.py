@@ -56,6 +56,39 @@ def init_state(
     return TrainState(step, params, ema, optimiser.init(params), t_history)
 
 
+def gradient(
+    loss_fn: Callable, params: Any, rows: Any, key: Key[Array, ""], parts: int
+) -> tuple[tuple[Any, Array, dict], Array]:
+    """((gradient, loss, averages), diffusion terms [B]) of the rows, taken in so many parts.
+
+    The parts follow one another, so that the memory of one is enough, and their losses and
+    gradients are summed. key: of the dropout.
+    """
+
+    def of(rows, key):
+        (loss, (averages, terms)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, rows, key
+        )
+        return (grads, loss, averages), terms
+
+    if parts == 1:
+        return of(rows, key)
+
+    # Part i takes the rows i, parts + i, 2 · parts + i, ...: as many of each device's own rows.
+    def split(x):
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(sums, part):
+        more, terms = of(*part)
+        return jax.tree.map(jnp.add, sums, more), terms
+
+    each = jax.tree.map(split, rows), jax.random.split(key, parts)
+    shapes, _ = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], each))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, terms = jax.lax.scan(add, zeros, each)
+    return sums, terms.T.reshape(-1)
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
@@ -65,17 +98,19 @@ def train_step(
     t_sampler: TSampler,
     optimiser: optax.GradientTransformation,
     decay: float,
+    accumulate: int,
 ) -> tuple[TrainState, dict]:
     """(next state, averages as (sum, count)): one gradient of the joint loss over shared weights.
 
     batch: {image, label}. loss_fn: see `JointLoss`: `rows` says what is asked of the network, a
-    call what its answers cost.
+    call what its answers cost. accumulate: parts the batch is taken in, one after the other.
     """
     keys = step_keys(root, state.step)
     t, counts = t_sampler.draw(keys["t"], state.t_history, len(batch["image"]))
     rows = loss_fn.rows(batch, t, counts, keys["noise"])
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (averages, terms)), grads = grad_fn(state.params, rows, keys["dropout"])
+    (grads, loss, averages), terms = gradient(
+        loss_fn, state.params, rows, keys["dropout"], accumulate
+    )
     updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = ema_decay(state.step, decay)

@@ -51,6 +51,7 @@ def tiny_config() -> ConfigDict:
 def tiny_run() -> Tiny:
     config, rng = tiny_config(), np.random.default_rng(0)
     labels = np.arange(16, dtype=np.int32) % 10
-    labels[:5] = -1  # on eight devices: two without any label, and one with one of two
+    labels[:5] = -1  # on eight devices: two without any label
+    labels[::2] = -1  # of two parts of the batch: one without any label
     images = rng.integers(0, 256, size=(16, 8, 8, 1), dtype=np.uint8)
     return Tiny(config, build(config, replicated(make_mesh())), {"image": images, "label": labels})

@@ -105,6 +105,7 @@ def steps(sampler, state, count: int):
             t_sampler=sampler,
             optimiser=OPTIMISER,
             decay=0.9,
+            accumulate=2,
         )
         seen.append(float(averages["loss"][0]))
     return state, seen
