@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
                 head_width=128,
                 head_dropout=0.3,
                 dtype="float32",
+                remat=False,  # blocks computed again for the gradient: less memory, more time
             ),
             diffusion=dict(steps=1000, schedule="linear", prediction="eps", variance="fixed_large"),
             loss=dict(

@@ -64,6 +64,7 @@ class JointModel(nn.Module):
     head_width: int
     head_dropout: float
     dtype: str
+    remat: bool
 
     def setup(self):
         check_shape(self)
@@ -79,6 +80,7 @@ class JointModel(nn.Module):
             dtype=DTYPES[self.dtype],
             resample=self.resample,
             attention_order=self.attention_order,
+            remat=self.remat,
         )
         self.head = ClassifierHead(self.num_classes, self.head_width, self.head_dropout)
 
