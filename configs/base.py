@@ -37,9 +37,11 @@ def get_config() -> ConfigDict:
             ),
             diffusion=dict(steps=1000, schedule="linear", prediction="eps", variance="fixed_large"),
             loss=dict(
+                terms="joint",  # what is trained; or "diffusion" or "classifier" alone
                 kind="mse",  # or the variational bound: "kl", "rescaled_kl" (times T)
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both
+                classify_after=0,  # the step at which the classifier's term joins
                 min_snr_gamma=0.0,  # 0: every noise level weighs the same
                 variance_weight=0.001,  # of the bound, where the variance is learned
             ),

@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
     "diffusion.prediction": ("eps", "x0", "v", "previous"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
+    "loss.terms": ("joint", "diffusion", "classifier"),
     "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
@@ -47,17 +48,18 @@ RANGES: dict[str, tuple] = {
     **dict.fromkeys(
         ("data.batch_size", "model.image_size", "model.image_channels", "model.channels")
         + ("model.num_classes", "model.blocks", "model.heads", "model.head_width", "optim.lr")
-        + (
-            "diffusion.steps",
-            "train.steps",
-            "train.accumulate",
-            "eval.batch_size",
-            "checkpoint.keep",
-        ),
+        + ("diffusion.steps", "train.steps", "train.accumulate", "eval.batch_size")
+        + ("checkpoint.keep",),
         _POSITIVE,
     ),
     **dict.fromkeys(
-        ("loss.weight", "loss.min_snr_gamma", "loss.variance_weight", "optim.warmup_steps")
+        (
+            "loss.weight",
+            "loss.classify_after",
+            "loss.min_snr_gamma",
+            "loss.variance_weight",
+            "optim.warmup_steps",
+        )
         + ("optim.weight_decay", "optim.clip_norm", "log.every", "eval.every", "checkpoint.every"),
         _NOT_NEGATIVE,
     ),

@@ -19,7 +19,7 @@ from jdm.mesh import make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.training import build
-from jdm.training.loss import CLASSIFY, KINDS
+from jdm.training.loss import CLASSIFY, KINDS, TERMS
 from jdm.training.t_sampler import T_SAMPLERS
 
 NAME = "tiny"  # any config will do where its values do not matter
@@ -301,6 +301,7 @@ def test_choices_are_the_names_beside_the_functions():
         "diffusion.schedule": SCHEDULES,
         "diffusion.prediction": PREDICTIONS,
         "diffusion.variance": VARIANCES,
+        "loss.terms": TERMS,
         "loss.kind": KINDS,
         "loss.classify": CLASSIFY,
         "optim.schedule": build.SCHEDULES,

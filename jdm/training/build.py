@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -47,6 +48,36 @@ def make_optimiser(
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
+# What each of loss.terms asks of the model; the parameters it trains are those that this reads.
+ASKED: dict[str, Callable] = {
+    "joint": lambda model, x, t: model.predict(x, t),
+    "diffusion": lambda model, x, t: model.decode(model.encode(x, t), t),
+    "classifier": lambda model, x, t: model.classify(model.encode(x, t), t),
+}
+
+
+def of_terms(
+    optimiser: optax.GradientTransformation, model: JointModel, terms: str
+) -> optax.GradientTransformation:
+    """The optimiser of the parameters that the terms train; the others stay as they are.
+
+    They are not decayed either, and no moments are kept of them. terms: one of ASKED.
+    """
+    if terms == "joint":
+        return optimiser
+    x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
+    init = functools.partial(model.init, method=ASKED[terms])
+    read = jax.eval_shape(init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))["params"]
+    trained = {path for path, _ in jax.tree.leaves_with_path(read)}
+
+    def label(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "trained" if path in trained else "frozen", params
+        )
+
+    return optax.multi_transform({"trained": optimiser, "frozen": optax.set_to_zero()}, label)
+
+
 class Run(NamedTuple):
     """What a training run is made of.
 
@@ -70,7 +101,13 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     check_shape(model)
     loss_fn = JointLoss(model, diffusion, **config.loss)
     optimiser = make_optimiser(**config.optim, total_steps=config.train.steps)
+    optimiser = of_terms(optimiser, model, config.loss.terms)
     name = pick("train.t_sampler", config.train.t_sampler, T_SAMPLERS)
+    if name != "uniform" and config.loss.terms == "classifier":
+        raise ValueError(
+            f"train.t_sampler={name!r} learns from the diffusion term, which "
+            f"loss.terms={config.loss.terms!r} leaves out; uniform is needed"
+        )
     t_sampler = T_SAMPLERS[name](diffusion.steps)
     init = functools.partial(init_state, model, optimiser, t_sampler)
     abstract = jax.tree.map(

@@ -34,6 +34,9 @@ from jdm.nn.model import JointModel
 # Which halves of the encoder's batch [noised; clean] the classifier is trained on.
 CLASSIFY = ("clean", "noised", "both")
 
+# Which terms of (9) are computed and trained.
+TERMS = ("joint", "diffusion", "classifier")
+
 # What L_diffusion is: the squared error (10), or (10b) with its factor of the bound: T -> factor.
 BOUND_FACTORS = {"kl": lambda steps: 1, "rescaled_kl": lambda steps: steps}
 KINDS = ("mse", *BOUND_FACTORS)
@@ -75,25 +78,35 @@ def masked_cross_entropy(
 class JointLoss:
     """The joint loss of a model under a diffusion.
 
-    kind: of the diffusion term, one of KINDS. weight: lambda of (9). classify: which inputs the
-    classifier is trained on, one of CLASSIFY. min_snr_gamma: gamma of the min-SNR weights of (10),
-    0 for uniform weights. variance_weight: b of (12), used where the variance is learned and the
-    kind is "mse"; the bound trains mean and variance alike.
+    terms: which are there, one of TERMS. kind: of the diffusion term, one of KINDS. weight: lambda
+    of (9). classify: which inputs the classifier is trained on, one of CLASSIFY. classify_after:
+    lambda is 0 in so many first steps. min_snr_gamma: gamma of the min-SNR weights of (10), 0 for
+    uniform weights. variance_weight: b of (12), used where the variance is learned and the kind is
+    "mse"; the bound trains mean and variance alike.
 
-    Raises ValueError for an unknown name, and for min-SNR weights where (6) has none.
+    Raises ValueError for an unknown name, for min-SNR weights where (6) has none, and for a
+    classifier that is to join no other term.
     """
 
     model: JointModel
     diffusion: Diffusion
+    terms: str
     kind: str
     weight: float
     classify: str
+    classify_after: int
     min_snr_gamma: float
     variance_weight: float
 
     def __post_init__(self):
+        pick("loss.terms", self.terms, TERMS)
         pick("loss.kind", self.kind, KINDS)
         pick("loss.classify", self.classify, CLASSIFY)
+        if self.classify_after and self.terms != "joint":
+            raise ValueError(
+                f"loss.classify_after={self.classify_after} does not go with "
+                f"loss.terms={self.terms!r}; 0 is needed, or joint"
+            )
         if self.min_snr_gamma and self.kind != "mse":
             raise ValueError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} weighs squared errors and does not go "
@@ -107,16 +120,23 @@ class JointLoss:
             )
 
     def rows(
-        self, batch: dict[str, Array], t: Times, counts: Float[Array, " b"], key: Key[Array, ""]
+        self,
+        batch: dict[str, Array],
+        t: Times,
+        counts: Float[Array, " b"],
+        key: Key[Array, ""],
+        step: Int[Array, ""],
     ) -> Rows:
         """The rows of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
 
-        t: their noise levels. counts: what each counts in (10). key: of the noise.
+        t: their noise levels. counts: what each counts in (10). key: of the noise. step: how many
+        were done before.
         """
         x0, label = pixels_to_float(batch["image"]), batch["label"]
         eps = jax.random.normal(key, x0.shape)
         inputs = (label >= 0).sum() * (2 if self.classify == "both" else 1)
-        class_share = jnp.full(t.shape, self.weight) / jnp.maximum(inputs, 1)
+        weight = jnp.where(step >= self.classify_after, self.weight, 0.0)
+        class_share = jnp.broadcast_to(weight / jnp.maximum(inputs, 1), t.shape)
         return Rows(x0, t, eps, label, counts / len(t), class_share)
 
     def __call__(
@@ -124,43 +144,57 @@ class JointLoss:
     ) -> tuple[Float[Array, ""], tuple[dict[str, Average], Float[Array, " b"]]]:
         """(what the rows add to L, (averages, the diffusion term of each row)).
 
-        key: of the dropout. The averages are pairs (sum, count).
+        key: of the dropout. The averages are pairs (sum, count). A term that is left out has none,
+        and is 0.
         """
         xt = self.diffusion.q_sample(rows.x0, rows.t, rows.eps)
-        raw, logits, labels = self._network(params, rows, xt, key)
-        term, error = self._diffusion_term(raw, rows, xt)
-        entropy, correct, labelled = masked_cross_entropy(logits, labels)
-        class_share = jnp.resize(rows.class_share, labels.shape)
-        loss = (rows.share * term).sum() + (class_share * entropy).sum()  # (9)
-        return loss, (
-            {
-                "diffusion": ((rows.share * error).sum(), rows.share.sum()),
-                "cross_entropy": (entropy.sum(), labelled.sum()),
-                "accuracy": (correct.sum(), labelled.sum()),
-            },
-            term,
-        )
+        raw, logits = self._network(params, rows, xt, key)
+        loss, term, averages = jnp.zeros(()), jnp.zeros(rows.t.shape), {}
+        if raw is not None:
+            term, error = self._diffusion_term(raw, rows, xt)
+            loss += (rows.share * term).sum()
+            averages["diffusion"] = (rows.share * error).sum(), rows.share.sum()
+        if logits is not None:
+            halves = len(logits) // len(rows.t)
+            labels, share = (jnp.concatenate([x] * halves) for x in (rows.label, rows.class_share))
+            entropy, correct, labelled = masked_cross_entropy(logits, labels)
+            loss += (share * entropy).sum()  # (9)
+            averages["cross_entropy"] = entropy.sum(), labelled.sum()
+            averages["accuracy"] = correct.sum(), labelled.sum()
+        return loss, (averages, term)
 
     def _network(self, params, rows, xt, key):
-        """(raw output at (xt, t), logits, their labels), from one encoder pass over both inputs."""
-        t, labels = rows.t, rows.label
+        """(raw output at (xt, t), logits of the halves that are classified, noised first).
+
+        One encoder pass over what the terms need; None for what they do not.
+        """
 
         def apply(method, *args):
             return self.model.apply(
                 {"params": params}, *args, train=True, method=method, rngs={"dropout": key}
             )
 
-        if self.classify == "noised":
-            features = apply("encode", xt, t)
-            return apply("decode", features, t), apply("classify", features, t), labels
-        times = jnp.concatenate([t, jnp.zeros_like(t)])
-        features = apply("encode", jnp.concatenate([xt, rows.x0]), times)
-        noised = jax.tree.map(lambda z: z[: len(t)], features)
-        clean = jax.tree.map(lambda z: z[len(t) :], features)
-        raw = apply("decode", noised, t)
-        if self.classify == "clean":
-            return raw, apply("classify", clean, times[len(t) :]), labels
-        return raw, apply("classify", features, times), jnp.concatenate([labels, labels])
+        decoded = {"noised"} if self.terms != "classifier" else set()
+        classified = {"noised", "clean"} if self.classify == "both" else {self.classify}
+        classified = classified if self.terms != "diffusion" else set()
+
+        halves = {"noised": (xt, rows.t), "clean": (rows.x0, jnp.zeros_like(rows.t))}
+        halves = {name: half for name, half in halves.items() if name in decoded | classified}
+        x, t = (jnp.concatenate(both) for both in zip(*halves.values(), strict=True))
+        features, raw, logits = apply("encode", x, t), None, None
+
+        def of(names):
+            """The features and times of these halves."""
+            if names == set(halves):
+                return features, t
+            start = list(halves).index(*names) * len(rows.t)
+            return jax.tree.map(lambda z: z[start : start + len(rows.t)], (features, t))
+
+        if decoded:
+            raw = apply("decode", *of(decoded))
+        if classified:
+            logits = apply("classify", *of(classified))
+        return raw, logits
 
     def _diffusion_term(self, raw, rows, xt):
         """(each row's (10) with (12), or (10b), each row's plain squared error)."""

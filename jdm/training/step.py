@@ -107,14 +107,15 @@ def train_step(
     """
     keys = step_keys(root, state.step)
     t, counts = t_sampler.draw(keys["t"], state.t_history, len(batch["image"]))
-    rows = loss_fn.rows(batch, t, counts, keys["noise"])
+    rows = loss_fn.rows(batch, t, counts, keys["noise"], state.step)
     (grads, loss, averages), terms = gradient(
         loss_fn, state.params, rows, keys["dropout"], accumulate
     )
     updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = ema_decay(state.step, decay)
-    ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
+    # Written so that what does not change keeps its average to the bit.
+    ema = jax.tree.map(lambda old, new: old + (1 - keep) * (new - old), state.ema, params)
     t_history = t_sampler.update(state.t_history, t, terms)
     one = jnp.ones(())
     averages |= {"loss": (loss, one), "gradient_norm": (optax.tree.norm(grads), one)}

@@ -17,6 +17,7 @@ from jdm.training.loss import CLASSIFY, KINDS, JointLoss, masked_cross_entropy
 from jdm.training.t_sampler import T_SAMPLERS
 
 SEEN = []  # what the toy's encoder was given, in order
+ASKED = []  # what else it was asked to do
 
 
 class Toy(JointModel):
@@ -31,10 +32,12 @@ class Toy(JointModel):
         return Features(x, (t.astype(jnp.float32),))
 
     def decode(self, features, t, train=False):
+        ASKED.append("decode")
         raw = self.get_variable("params", "raw")
         return jnp.broadcast_to(raw, (*features.mid.shape[:3], raw.shape[-1]))
 
     def classify(self, features, t, train=False):
+        ASKED.append("classify")
         (times,) = features.skips  # the time the encoder had is the time the head has
         t = t + 0 * times
         slope, clock = (self.get_variable("params", name) for name in ("slope", "clock"))
@@ -67,22 +70,23 @@ def joint_loss(diffusion=DIFFUSION, **settings) -> JointLoss:
     return JointLoss(MODEL, diffusion, **settings)
 
 
-def whole_loss(loss_fn, params, batch, drawn):
+def whole_loss(loss_fn, params, batch, drawn, step=0):
     """(the loss, its averages) of a batch with evenly drawn times."""
     count = len(batch["image"])
     t, counts = T_SAMPLERS["uniform"](loss_fn.diffusion.steps).draw(drawn["t"], None, count)
-    rows = loss_fn.rows(batch, t, counts, drawn["noise"])
+    rows = loss_fn.rows(batch, t, counts, drawn["noise"], jnp.int32(step))
     loss, (averages, _) = loss_fn(params, rows, drawn["dropout"])
     return loss, averages
 
 
-def evaluate(loss_fn, params=PARAMS, batch=BATCH, **changed):
+def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, **changed):
     """The loss, sums and counts of the averages, and what the encoder saw.
 
     Not compiled: small operations are compiled once for all tests, a whole loss for each.
     """
     SEEN.clear()
-    loss, averages = whole_loss(loss_fn, params, batch, keys(**changed))
+    ASKED.clear()
+    loss, averages = whole_loss(loss_fn, params, batch, keys(**changed), step)
     ((x, t),) = SEEN  # one encoder pass
     return SimpleNamespace(
         loss=float(loss),
@@ -273,6 +277,45 @@ def test_an_unknown_name_is_one_sentence_that_lists_the_known():
         ValueError, match="^loss.classify='dirty' is unknown; known: clean, noised, both$"
     ):
         joint_loss(classify="dirty")
+
+
+# One term without the other.
+
+
+@pytest.mark.parametrize("classify", CLASSIFY)
+def test_a_term_that_is_left_out_is_not_computed_and_the_other_is_as_it_was(classify):
+    joint = evaluate(joint_loss(classify=classify, weight=0.3))
+    entropy = 0.3 * joint.sums["cross_entropy"] / joint.counts["cross_entropy"]
+    noised, clean = joint.x[:8], BATCH["image"] / 127.5 - 1
+    # What the encoder of the joint loss is given: the noised, and the clean where they are asked.
+    assert ASKED == ["decode", "classify"] and len(joint.x) == (8 if classify == "noised" else 16)
+
+    diffusion = evaluate(joint_loss(classify=classify, terms="diffusion"))
+    assert ASKED == ["decode"]
+    assert set(diffusion.sums) == {"diffusion"}
+    np.testing.assert_array_equal(diffusion.x, noised)
+    np.testing.assert_allclose(diffusion.loss, joint.sums["diffusion"], rtol=1e-6)
+
+    alone = evaluate(joint_loss(classify=classify, terms="classifier", weight=0.3))
+    assert ASKED == ["classify"]
+    assert set(alone.sums) == {"cross_entropy", "accuracy"}
+    np.testing.assert_allclose(alone.loss, entropy, rtol=1e-5)
+    expected = {"clean": [clean], "noised": [noised], "both": [noised, clean]}[classify]
+    np.testing.assert_allclose(alone.x, np.concatenate(expected), atol=1e-6)
+
+
+def test_the_classifier_joins_at_its_step():
+    late, start = joint_loss(classify_after=3), joint_loss()
+    for step in range(5):
+        found, expected = evaluate(late, step=step), evaluate(start, step=step)
+        assert found.loss == (expected.loss if step >= 3 else expected.sums["diffusion"])
+        assert found.sums == expected.sums  # what is reported does not wait
+
+
+@pytest.mark.parametrize("terms", ["diffusion", "classifier"])
+def test_a_classifier_that_joins_nothing_is_refused_by_name(terms):
+    with pytest.raises(ValueError, match=rf"^loss\.classify_after=5 .* loss\.terms='{terms}'"):
+        joint_loss(terms=terms, classify_after=5)
 
 
 # Learned variance.

@@ -66,7 +66,7 @@ class Quadratic:
     def __init__(self):
         self.given = []  # the keys of each step: of the noise, of the dropout
 
-    def rows(self, batch, t, counts, key):
+    def rows(self, batch, t, counts, key, step):
         self.given.append([key])
         return {"target": batch["image"], "share": counts / len(counts)}
 
@@ -207,6 +207,50 @@ def test_a_step_consumes_the_state_it_is_given(tiny_run):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+class Late(Quadratic):
+    """A loss that is 0 in the first two steps."""
+
+    def rows(self, batch, t, counts, key, step):
+        return super().rows(batch, t, jnp.where(step >= 2, counts, 0.0), key, step)
+
+
+def test_what_joins_later_joins_in_the_same_program():
+    optimiser = optax.sgd(0.5)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            loss_fn=Late(),
+            t_sampler=T_SAMPLER,
+            optimiser=optimiser,
+            decay=0.9,
+            accumulate=1,
+        )
+    )
+    state, seen = start(optimiser, [4.0]), []
+    for _ in range(4):
+        state, _ = step(state, {"image": jnp.zeros((2, 1))}, ROOT)
+        seen.append(float(state.params["w"][0]))
+    assert seen == [4, 4, 2, 1]
+    assert state.ema["w"] < 4 and step._cache_size() == 1
+
+
+def test_what_does_not_change_keeps_its_average_to_the_bit():
+    optimiser = optax.sgd(0.0)
+    state = start(optimiser, np.random.default_rng(0).normal(size=100))
+    for _ in range(3):
+        state, _ = train_step(
+            state,
+            {"image": jnp.zeros((2, 100))},
+            ROOT,
+            loss_fn=Quadratic(),
+            t_sampler=T_SAMPLER,
+            optimiser=optimiser,
+            decay=0.9,
+            accumulate=1,
+        )
+    np.testing.assert_array_equal(state.ema["w"], state.params["w"])
+
+
 # Parts of a batch.
 
 
@@ -302,7 +346,7 @@ def test_eight_devices_compute_what_one_does_in_one_part_or_two(tiny_run, tmp_pa
         [sys.executable, "-c", code, str(tmp_path / "in.npz"), str(tmp_path)],
         env={**os.environ, "XLA_FLAGS": flags},
         check=True,
-        timeout=180,
+        timeout=600,
     )
     state, seen = tiny_run.steps(state, 2)
     assert int(state.t_history.seen.sum()) == 10 * 100 + 2 * 16
