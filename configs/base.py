@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 image_size=8,
                 image_channels=1,
                 num_classes=10,
+                multi_label=False,  # True: each class is a yes or a no of its own
                 channels=32,
                 multipliers=(1, 2),
                 blocks=2,

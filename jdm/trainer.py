@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         print(f"{workdir} is trained already: {newest} of {config.train.steps} steps")
         return
     images, labels = load_split(config.data.name, "train", config.data.dir)
-    _check_labels(labels, config.model.num_classes)
+    _check_labels(labels, config.model.num_classes, config.model.multi_label)
     held_out = load_split(config.data.name, "validation", config.data.dir)
     batches = train_batches(
         images,
@@ -117,6 +117,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
         ("image_size", facts.image_size),
         ("image_channels", facts.channels),
         ("num_classes", facts.num_classes),
+        ("multi_label", facts.multi_label),
     ):
         if config.model[key] != fact:
             raise configs.ConfigError(
@@ -197,14 +198,21 @@ def fetch(pending: list[dict], first: int) -> dict[str, float]:
     return averages
 
 
+def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Shapes and dtypes of a global batch."""
+    model, rows = config.model, config.data.batch_size
+    image = (rows, model.image_size, model.image_size, model.image_channels)
+    label = ((rows, model.num_classes), np.int8) if model.multi_label else ((rows,), np.int32)
+    return {
+        "image": jax.ShapeDtypeStruct(image, np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(*label, sharding=sharding),
+    }
+
+
 def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
     """The compiled step, after saying what is compiled."""
-    shape = (config.model.image_size, config.model.image_size, config.model.image_channels)
-    rows = config.data.batch_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((rows, *shape), np.uint8, sharding=by_row(mesh)),
-        "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_row(mesh)),
-    }
+    batch = abstract_batch(config, by_row(mesh))
+    rows, *shape = batch["image"].shape
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     kind = jax.devices()[0].device_kind
     print(
@@ -223,12 +231,17 @@ def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
     return compiled
 
 
-def _check_labels(labels: np.ndarray, num_classes: int) -> None:
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
-    if wrong.size:
+def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> None:
+    """Raises ConfigError where the labels of the data are not those that the model is to learn."""
+    shape = (len(labels), num_classes) if multi_label else (len(labels),)
+    asked = f"config.model.num_classes={num_classes} with config.model.multi_label={multi_label}"
+    if labels.shape != shape:
         raise configs.ConfigError(
-            f"config.model.num_classes={num_classes}, but the data hold the label {wrong[0]}"
+            f"{asked} needs labels of the shape {shape}, but the data hold {labels.shape}"
         )
+    wrong = labels[(labels < -1) | (labels > (1 if multi_label else num_classes - 1))]
+    if wrong.size:
+        raise configs.ConfigError(f"{asked}, but the data hold the label {wrong[0]}")
 
 
 def _line(done: int, row: dict[str, float]) -> str:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jdm import config as configs
@@ -15,9 +14,10 @@ from jdm.config import CHOICES, RANGES, ConfigError, differences, flatten
 from jdm.configs import base
 from jdm.data.datasets import DATASETS
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
-from jdm.mesh import make_mesh, replicated
+from jdm.mesh import by_row, make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
+from jdm.trainer import abstract_batch
 from jdm.training import build
 from jdm.training.loss import CLASSIFY, KINDS, TERMS
 from jdm.training.t_sampler import T_SAMPLERS
@@ -52,16 +52,14 @@ def write(path, *lines: str) -> str:
 # The configs there are.
 
 
-@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("name", [*configs.names(), "several labels"])
 def test_every_named_config_builds_and_has_a_loss(name):
     """Shapes only: nothing is computed and nothing compiled."""
-    config = configs.load(name)
-    run = build.build(config, replicated(make_mesh()))
-    size, channels = config.model.image_size, config.model.image_channels
-    batch = {
-        "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
-    }
+    several = name == "several labels"
+    config = load("model.multi_label=True", "train.accumulate=2") if several else configs.load(name)
+    mesh = make_mesh()
+    run, batch = build.build(config, replicated(mesh)), abstract_batch(config, by_row(mesh))
+    assert batch["label"].shape == ((16, 10) if several else (config.data.batch_size,))
     _, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
     assert averages["loss"][0].shape == ()
 

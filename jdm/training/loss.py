@@ -5,7 +5,8 @@ Owns what the network is asked at each step. Does not know optimisers.
 (9)   L = L_diffusion + lambda · L_class                             Deja et al. 2023, section 3
 (10)  L_diffusion = mean over batch, H, W, C of w(t) (target - prediction)²
 (11)  L_class = sum over labelled inputs of CE(y, p(y | Z)) / their number; the inputs are the clean
-      images at t = 0, the noised ones at their own t, or both; Z is the encoder's representations
+      images at t = 0, the noised ones at their own t, or both; Z is the encoder's representations;
+      with K labels each, sum over entries of the binary CE / the number of entries that are known
 (12)  learned variance adds b · T · bound(t), which trains the variance alone: the estimate of the
       noise is held fixed inside it                                  Nichol & Dhariwal 2021, eq. 16
 (10b) the variational bound itself in place of (10): L_diffusion = mean of bound(t) for "kl", of
@@ -51,15 +52,15 @@ class Rows(NamedTuple):
     The sums over a batch are divided before they are taken: a row carries its share, so that the
     loss of a batch is the sum of those of its parts, however the labels lie in them.
 
-    x0, eps: [B, H, W, C]. t: int32 [B]. label: int32 [B], -1 = unlabelled. share: of its part of
+    x0, eps: [B, H, W, C]. t: int32 [B]. label: see `JointLoss.rows`. share: of its part of
     (10), what it counts over the number of rows. class_share: of its part of (11), lambda over the
-    number of labelled inputs.
+    number of labels among all inputs.
     """
 
     x0: Images
     t: Times
     eps: Images
-    label: Int[Array, " b"]
+    label: Int[Array, "b ..."]
     share: Float[Array, " b"]
     class_share: Float[Array, " b"]
 
@@ -72,6 +73,21 @@ def masked_cross_entropy(
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     correct = labelled & (logits.argmax(axis=-1) == labels)
     return jnp.where(labelled, entropy, 0), correct * 1.0, labelled * 1.0
+
+
+def masked_binary_cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, "b k"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """The same of K answers, 0 or 1, to each row: sums over those that are not -1."""
+    labelled = labels >= 0
+    entropy = optax.sigmoid_binary_cross_entropy(logits, jnp.maximum(labels, 0))
+    correct = labelled & ((logits > 0) == (labels == 1))
+    each = jnp.where(labelled, entropy, 0), correct * 1.0, labelled * 1.0
+    return tuple(one.sum(axis=1) for one in each)
+
+
+# (11) of each row, by model.multi_label.
+ENTROPIES = {False: masked_cross_entropy, True: masked_binary_cross_entropy}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +145,7 @@ class JointLoss:
     ) -> Rows:
         """The rows of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
 
+        Of a multi-label model label is int8 [B, K] of 0 and 1; -1 takes out that entry alone.
         t: their noise levels. counts: what each counts in (10). key: of the noise. step: how many
         were done before.
         """
@@ -157,7 +174,7 @@ class JointLoss:
         if logits is not None:
             halves = len(logits) // len(rows.t)
             labels, share = (jnp.concatenate([x] * halves) for x in (rows.label, rows.class_share))
-            entropy, correct, labelled = masked_cross_entropy(logits, labels)
+            entropy, correct, labelled = ENTROPIES[self.model.multi_label](logits, labels)
             loss += (share * entropy).sum()  # (9)
             averages["cross_entropy"] = entropy.sum(), labelled.sum()
             averages["accuracy"] = correct.sum(), labelled.sum()

@@ -13,7 +13,13 @@ from jdm.configs import base
 from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
-from jdm.training.loss import CLASSIFY, KINDS, JointLoss, masked_cross_entropy
+from jdm.training.loss import (
+    CLASSIFY,
+    KINDS,
+    JointLoss,
+    masked_binary_cross_entropy,
+    masked_cross_entropy,
+)
 from jdm.training.t_sampler import T_SAMPLERS
 
 SEEN = []  # what the toy's encoder was given, in order
@@ -277,6 +283,39 @@ def test_an_unknown_name_is_one_sentence_that_lists_the_known():
         ValueError, match="^loss.classify='dirty' is unknown; known: clean, noised, both$"
     ):
         joint_loss(classify="dirty")
+
+
+# Several labels to an image.
+
+
+def test_each_label_of_several_counts_for_itself():
+    labels = RNG.integers(-1, 2, size=(8, 3)).astype(np.int8)
+    labels[2] = -1  # nothing is known of one image, something of most
+    batch = BATCH | {"label": jnp.asarray(labels)}
+    loss_fn = JointLoss(MODEL.clone(multi_label=True), DIFFUSION, **base.get_config().loss)
+    found = evaluate(loss_fn, batch=batch)
+    slope, clock = (np.asarray(PARAMS[name], np.float64) for name in ("slope", "clock"))
+    mean = np.asarray(found.x, np.float64).mean(axis=(1, 2, 3))[:, None]
+    logits = mean * slope + np.asarray(found.t)[:, None] * clock
+    twice = np.concatenate([labels, labels])  # the noised images and the clean ones
+    p = 1 / (1 + np.exp(-logits))
+    entropy = -np.where(twice == 1, np.log(p), np.log(1 - p))[twice >= 0]
+    assert found.counts["cross_entropy"] == len(entropy) == 2 * (labels >= 0).sum()
+    np.testing.assert_allclose(found.sums["cross_entropy"], entropy.sum(), rtol=1e-5)
+    assert found.sums["accuracy"] == ((p > 0.5) == twice)[twice >= 0].sum()
+    expected = found.sums["diffusion"] + 0.1 * entropy.mean()
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
+
+
+def test_a_hidden_entry_changes_nothing():
+    logits = jnp.asarray(RNG.normal(size=(2, 3)), jnp.float32)
+    labels = jnp.asarray([[1, -1, 0], [-1, -1, -1]], jnp.int8)
+
+    def total(logits):
+        return masked_binary_cross_entropy(logits, labels)[0].sum()
+
+    grad = np.asarray(jax.grad(total)(logits))
+    assert ((grad != 0) == (np.asarray(labels) >= 0)).all()
 
 
 # One term without the other.
