@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
                 name="digits",
                 dir="",  # of prepared data sets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
                 batch_size=64,  # global: over all devices of all hosts
+                labelled_fraction=1.0,  # of the training labels; the others are hidden
             ),
             model=dict(
                 image_size=8,

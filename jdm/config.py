@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _POSITIVE = (lambda v: v > 0, "positive")
 _NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 _FRACTION = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_SHARE = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _SEED = (lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
 _SIDES = (lambda v: all(isinstance(s, int) and s > 0 for s in v), "positive whole numbers")
 _LEVELS = (lambda v: len(v) > 0 and _SIDES[0](v), "one or more positive whole numbers")
@@ -67,6 +68,7 @@ RANGES: dict[str, tuple] = {
         ("model.dropout", "model.head_dropout", "optim.b1", "optim.b2", "train.ema_decay"),
         _FRACTION,
     ),
+    "data.labelled_fraction": _SHARE,
     "model.multipliers": _LEVELS,
     "model.attention": _SIDES,
 }

@@ -18,6 +18,7 @@ from jdm import checkpoint
 from jdm import config as configs
 from jdm.analysis.evaluate import classification
 from jdm.data.datasets import dataset
+from jdm.data.labels import hide_labels
 from jdm.data.pipeline import BatchIterator, load_split, train_batches
 from jdm.files import write_whole
 from jdm.joint import Joint
@@ -57,6 +58,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         return
     images, labels = load_split(config.data.name, "train", config.data.dir)
     _check_labels(labels, config.model.num_classes, config.model.multi_label)
+    labels = _hidden(labels, config.data.labelled_fraction, config.seed)
     held_out = load_split(config.data.name, "validation", config.data.dir)
     batches = train_batches(
         images,
@@ -242,6 +244,17 @@ def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> No
     wrong = labels[(labels < -1) | (labels > (1 if multi_label else num_classes - 1))]
     if wrong.size:
         raise configs.ConfigError(f"{asked}, but the data hold the label {wrong[0]}")
+
+
+def _hidden(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The labels that training may see, after saying how many they are where some are hidden."""
+    try:
+        seen = hide_labels(labels, fraction, seed)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+    if fraction < 1:
+        print(f"training sees {np.sum(seen >= 0):,} of {np.sum(labels >= 0):,} labels")
+    return seen
 
 
 def _line(done: int, row: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -241,6 +242,7 @@ OUT_OF_RANGE = {
     "positive": (0, -1),
     "0 or more": (-1,),
     "at least 0 and below 1": (-0.1, 1, 1.5),
+    "above 0 and at most 1": (-0.1, 0, 1.01),
     "between 0 and 2147483647": (-1, 2**31),
     "positive whole numbers": ((0,), (-4,), (4, 2.5), ("4",)),
     "one or more positive whole numbers": ((), (0, 1), (1.5,), ("wide",)),
@@ -307,6 +309,17 @@ def test_choices_are_the_names_beside_the_functions():
         "data.name": DATASETS,
     }
     assert {key: tuple(names) for key, names in known.items()} == CHOICES
+
+
+def test_the_keys_and_names_that_the_method_page_gives_are_there():
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    sections = {key.split(".")[0] for key in KEYS if "." in key}
+    given = {key for key in re.findall(r"`(\w+\.\w+)`", page) if key.split(".")[0] in sections}
+    assert len(given) > 20 and given <= set(KEYS)
+    for row in page.splitlines():
+        key = re.match(r"\| [^|]*\| `(\w+\.\w+)` ((?:\"\w+\"(?:, )?)+)", row)
+        if key:
+            assert set(re.findall(r"\w+", key[2])) <= set(CHOICES[key[1]]), row
 
 
 # Written and read back.

@@ -162,6 +162,28 @@ def test_config_is_saved_beside_and_in_the_checkpoint(tiny):
     assert configs.from_dict(beside) == load(tiny).config == configs.load("tiny")
 
 
+def test_training_sees_the_share_of_the_labels_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    given = []
+
+    class Stop(Exception):
+        pass
+
+    def batches(images, labels, **settings):
+        given.append((len(images), labels))
+        raise Stop
+
+    monkeypatch.setattr(trainer, "train_batches", batches)
+    for fraction in (1.0, 0.1):
+        with pytest.raises(Stop):
+            trainer.train(
+                config_of(data=dict(labelled_fraction=fraction)), tmp_path / f"{fraction}"
+            )
+    (count, whole), (same, some) = given
+    assert count == same == len(some) and (whole >= 0).all()  # every image, not every label
+    assert (some >= 0).sum() == round(0.1 * count)
+    assert f"training sees {round(0.1 * count)} of {count:,} labels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("labels", "multi_label", "said"),
     [
