@@ -16,11 +16,13 @@ def get_config() -> ConfigDict:
                 name="digits",
                 dir="",  # of prepared data sets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
                 batch_size=64,  # global: over all devices of all hosts
+                labelled_fraction=1.0,  # of the training labels; the others are hidden
             ),
             model=dict(
                 image_size=8,
                 image_channels=1,
                 num_classes=10,
+                multi_label=False,  # True: each class is a yes or a no of its own
                 channels=32,
                 multipliers=(1, 2),
                 blocks=2,
@@ -33,11 +35,15 @@ def get_config() -> ConfigDict:
                 head_width=128,
                 head_dropout=0.3,
                 dtype="float32",
+                remat=False,  # blocks computed again for the gradient: less memory, more time
             ),
             diffusion=dict(steps=1000, schedule="linear", prediction="eps", variance="fixed_large"),
             loss=dict(
+                terms="joint",  # what is trained; or "diffusion" or "classifier" alone
+                kind="mse",  # or the variational bound: "kl", "rescaled_kl" (times T)
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both
+                classify_after=0,  # the step at which the classifier's term joins
                 min_snr_gamma=0.0,  # 0: every noise level weighs the same
                 variance_weight=0.001,  # of the bound, where the variance is learned
             ),
@@ -50,7 +56,12 @@ def get_config() -> ConfigDict:
                 b1=0.9,
                 b2=0.999,
             ),
-            train=dict(steps=1000, ema_decay=0.999),
+            train=dict(
+                steps=1000,
+                ema_decay=0.999,
+                t_sampler="uniform",  # how noise levels are drawn; or "loss_second_moment"
+                accumulate=1,  # parts that a batch is taken in, where it does not fit in memory
+            ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),
             eval=dict(every=1000, batch_size=256),

@@ -87,7 +87,7 @@ def sample(arguments: argparse.Namespace) -> None:
         labels=labels,
         seeds=seeds,
         sampler=arguments.sampler,
-        steps=arguments.steps,
+        steps=int(arguments.steps) if arguments.steps.isdecimal() else arguments.steps,
         guidance=arguments.guidance,
         scale=arguments.scale,
         eta=arguments.eta,
@@ -232,7 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--guidance", default="none", help="none, pixel or representation (none)")
     new.add_argument("--scale", type=float, help="of the guidance (its own default)")
     new.add_argument("--sampler", default="ddim", help="ddim or ancestral (ddim)")
-    new.add_argument("--steps", type=int, default=50, help="noise levels visited (50)")
+    new.add_argument(
+        "--steps", default="50", help="noise levels visited, or of each section: 10,10,20 (50)"
+    )
     new.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     new.add_argument("--batch_size", type=int, default=64, help="images per device and call (64)")
     new.add_argument("--out", default="samples.png", help="a .png or .npz file (samples.png)")

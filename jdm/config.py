@@ -26,16 +26,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_order": ("head_first", "qkv_first"),
     "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
-    "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.prediction": ("eps", "x0", "v", "previous"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
+    "loss.terms": ("joint", "diffusion", "classifier"),
+    "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
+    "train.t_sampler": ("uniform", "loss_second_moment"),
     "data.name": ("digits",),
 }
 
 _POSITIVE = (lambda v: v > 0, "positive")
 _NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 _FRACTION = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_SHARE = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _SEED = (lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
 _SIDES = (lambda v: all(isinstance(s, int) and s > 0 for s in v), "positive whole numbers")
 _LEVELS = (lambda v: len(v) > 0 and _SIDES[0](v), "one or more positive whole numbers")
@@ -45,11 +49,18 @@ RANGES: dict[str, tuple] = {
     **dict.fromkeys(
         ("data.batch_size", "model.image_size", "model.image_channels", "model.channels")
         + ("model.num_classes", "model.blocks", "model.heads", "model.head_width", "optim.lr")
-        + ("diffusion.steps", "train.steps", "eval.batch_size", "checkpoint.keep"),
+        + ("diffusion.steps", "train.steps", "train.accumulate", "eval.batch_size")
+        + ("checkpoint.keep",),
         _POSITIVE,
     ),
     **dict.fromkeys(
-        ("loss.weight", "loss.min_snr_gamma", "loss.variance_weight", "optim.warmup_steps")
+        (
+            "loss.weight",
+            "loss.classify_after",
+            "loss.min_snr_gamma",
+            "loss.variance_weight",
+            "optim.warmup_steps",
+        )
         + ("optim.weight_decay", "optim.clip_norm", "log.every", "eval.every", "checkpoint.every"),
         _NOT_NEGATIVE,
     ),
@@ -57,6 +68,7 @@ RANGES: dict[str, tuple] = {
         ("model.dropout", "model.head_dropout", "optim.b1", "optim.b2", "train.ema_decay"),
         _FRACTION,
     ),
+    "data.labelled_fraction": _SHARE,
     "model.multipliers": _LEVELS,
     "model.attention": _SIDES,
 }
@@ -193,6 +205,11 @@ def check(config: ConfigDict, where: str) -> None:
             f"config.model.learned_variance={values['model.learned_variance']} does not go with "
             f"config.diffusion.variance={values['diffusion.variance']!r}; learned needs True, "
             "the fixed ones False"
+        )
+    if values["data.batch_size"] % values["train.accumulate"]:
+        raise ConfigError(
+            f"config.data.batch_size={values['data.batch_size']} does not divide by "
+            f"config.train.accumulate={values['train.accumulate']}"
         )
 
 

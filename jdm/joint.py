@@ -148,17 +148,18 @@ def classify(
 ) -> Float[np.ndarray, "n k"]:
     """Class probabilities, float32 [N, K], of uint8 images [N, H, W, C], or floats in [-1, 1].
 
-    batch_size: how many go through the network at once. Rows sum to 1.
+    batch_size: how many go through the network at once. Rows sum to 1; of a multi-label model each
+    entry is the probability of its own class.
 
     Raises ValueError for images of another shape, dtype or range.
     """
     joint = opened(joint)
     images = check_images(joint, images)
-    rows = []
+    probabilities, rows = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax, []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         pad = min(batch_size, len(images)) - len(batch)
         batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
         x = pixels_to_float(jnp.asarray(batch)) if batch.dtype == np.uint8 else jnp.asarray(batch)
-        rows.append(np.asarray(jax.nn.softmax(joint.logits(x)))[: len(batch) - pad])
+        rows.append(np.asarray(probabilities(joint.logits(x)))[: len(batch) - pad])
     return np.concatenate(rows) if rows else np.zeros((0, joint.model.num_classes), np.float32)

@@ -88,7 +88,7 @@ def sample(
     labels: Numbers | None = None,
     seeds: Numbers | None = None,
     sampler: str = "ddim",
-    steps: int = 50,
+    steps: int | str = 50,
     guidance: str = "none",
     scale: float | None = None,
     eta: float = 0.0,
@@ -99,8 +99,9 @@ def sample(
 
     joint: a Joint, or the path of one. n: how many; where it is None, as many as there are seeds,
     or labels, or 1. labels: classes in [0, K), as many as seeds, or one for all. seeds: integers
-    in [0, 2**32); 0 … n - 1 where None. sampler: one of samplers.SAMPLERS. steps: of the T
-    noise levels visited. guidance: one of guidance.GUIDANCE; all but "none" need labels. scale: of
+    in [0, 2**32); 0 … n - 1 where None. sampler: one of samplers.SAMPLERS. steps: how many of the
+    T noise levels are visited, or how many of each section of them, such as "10,10,20" (see
+    samplers.timesteps). guidance: one of guidance.GUIDANCE; all but "none" need labels. scale: of
     the guidance, finite; positive is toward the class; None is that guidance's default. eta: noise
     of ddim. clip: hold every estimate of the clean image in [-1, 1]. batch_size: images per device
     and call.
@@ -161,7 +162,7 @@ def check(
     labels: Numbers | None,
     seeds: Numbers | None,
     sampler: str,
-    steps: int,
+    steps: int | str,
     guidance: str,
     scale: float | None,
     eta: float,

@@ -18,6 +18,7 @@ from jdm import checkpoint
 from jdm import config as configs
 from jdm.analysis.evaluate import classification
 from jdm.data.datasets import dataset
+from jdm.data.labels import hide_labels
 from jdm.data.pipeline import BatchIterator, load_split, train_batches
 from jdm.files import write_whole
 from jdm.joint import Joint
@@ -56,7 +57,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         print(f"{workdir} is trained already: {newest} of {config.train.steps} steps")
         return
     images, labels = load_split(config.data.name, "train", config.data.dir)
-    _check_labels(labels, config.model.num_classes)
+    _check_labels(labels, config.model.num_classes, config.model.multi_label)
+    labels = _hidden(labels, config.data.labelled_fraction, config.seed)
     held_out = load_split(config.data.name, "validation", config.data.dir)
     batches = train_batches(
         images,
@@ -117,14 +119,17 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
         ("image_size", facts.image_size),
         ("image_channels", facts.channels),
         ("num_classes", facts.num_classes),
+        ("multi_label", facts.multi_label),
     ):
         if config.model[key] != fact:
             raise configs.ConfigError(
                 f"config.model.{key}={config.model[key]} does not fit "
                 f"config.data.name={config.data.name!r}, which has {fact}"
             )
+    rows, parts = config.data.batch_size, config.train.accumulate
+    name = "data.batch_size" if parts == 1 else "data.batch_size / train.accumulate"
     try:
-        check_batch(config.data.batch_size, mesh, "data.batch_size")
+        check_batch(rows // parts, mesh, name)
         return build(config, replicated(mesh))
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error
@@ -170,7 +175,8 @@ def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIte
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
     """The item `train_state`: the averages are the item `weights`, and stored once."""
-    return {"step": state.step, "params": state.params, "optimiser": state.optimiser}
+    rest = {name: value for name, value in vars(state).items() if name != "ema"}
+    return {name: value for name, value in rest.items() if value is not None}
 
 
 def fetch(pending: list[dict], first: int) -> dict[str, float]:
@@ -194,14 +200,21 @@ def fetch(pending: list[dict], first: int) -> dict[str, float]:
     return averages
 
 
+def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Shapes and dtypes of a global batch."""
+    model, rows = config.model, config.data.batch_size
+    image = (rows, model.image_size, model.image_size, model.image_channels)
+    label = ((rows, model.num_classes), np.int8) if model.multi_label else ((rows,), np.int32)
+    return {
+        "image": jax.ShapeDtypeStruct(image, np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(*label, sharding=sharding),
+    }
+
+
 def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
     """The compiled step, after saying what is compiled."""
-    shape = (config.model.image_size, config.model.image_size, config.model.image_channels)
-    rows = config.data.batch_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((rows, *shape), np.uint8, sharding=by_row(mesh)),
-        "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_row(mesh)),
-    }
+    batch = abstract_batch(config, by_row(mesh))
+    rows, *shape = batch["image"].shape
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     kind = jax.devices()[0].device_kind
     print(
@@ -220,12 +233,28 @@ def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
     return compiled
 
 
-def _check_labels(labels: np.ndarray, num_classes: int) -> None:
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
-    if wrong.size:
+def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> None:
+    """Raises ConfigError where the labels of the data are not those that the model is to learn."""
+    shape = (len(labels), num_classes) if multi_label else (len(labels),)
+    asked = f"config.model.num_classes={num_classes} with config.model.multi_label={multi_label}"
+    if labels.shape != shape:
         raise configs.ConfigError(
-            f"config.model.num_classes={num_classes}, but the data hold the label {wrong[0]}"
+            f"{asked} needs labels of the shape {shape}, but the data hold {labels.shape}"
         )
+    wrong = labels[(labels < -1) | (labels > (1 if multi_label else num_classes - 1))]
+    if wrong.size:
+        raise configs.ConfigError(f"{asked}, but the data hold the label {wrong[0]}")
+
+
+def _hidden(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The labels that training may see, after saying how many they are where some are hidden."""
+    try:
+        seen = hide_labels(labels, fraction, seed)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+    if fraction < 1:
+        print(f"training sees {np.sum(seen >= 0):,} of {np.sum(labels >= 0):,} labels")
+    return seen
 
 
 def _line(done: int, row: dict[str, float]) -> str:

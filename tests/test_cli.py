@@ -98,7 +98,7 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
         (["--out=x.jpg"], "--out='x.jpg' must end in one of .png, .npz"),
         (["--labels=3,10", "--guidance=pixel"], "--labels hold 10"),
         (["--guidance=both", "--labels=1"], "--guidance='both' is unknown"),
-        (["--steps=1000"], "--steps=1000"),
+        (["--steps=10,60"], "--steps=10,60 asks for 60 of the 25 times"),
     ],
 )
 def test_bad_sampling_flags(tiny, flags, said, tmp_path):

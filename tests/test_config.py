@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jdm import config as configs
@@ -15,12 +15,13 @@ from jdm.config import CHOICES, RANGES, ConfigError, differences, flatten
 from jdm.configs import base
 from jdm.data.datasets import DATASETS
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
-from jdm.mesh import make_mesh, replicated
+from jdm.mesh import by_row, make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
+from jdm.trainer import abstract_batch
 from jdm.training import build
-from jdm.training.loss import CLASSIFY, JointLoss
-from jdm.training.step import step_keys
+from jdm.training.loss import CLASSIFY, KINDS, TERMS
+from jdm.training.t_sampler import T_SAMPLERS
 
 NAME = "tiny"  # any config will do where its values do not matter
 KEYS = flatten(base.get_config())
@@ -52,22 +53,16 @@ def write(path, *lines: str) -> str:
 # The configs there are.
 
 
-@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("name", [*configs.names(), "several labels"])
 def test_every_named_config_builds_and_has_a_loss(name):
     """Shapes only: nothing is computed and nothing compiled."""
-    config = configs.load(name)
-    run = build.build(config, replicated(make_mesh()))
-    size, channels = config.model.image_size, config.model.image_channels
-    batch = {
-        "image": jax.ShapeDtypeStruct((4, size, size, channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
-    }
-    loss_fn = JointLoss(run.model, run.diffusion, **config.loss)
-
-    def first_loss(state, batch, root):
-        return loss_fn(state.params, batch, step_keys(root, state.step))[0]
-
-    assert jax.eval_shape(first_loss, run.state, batch, jax.random.key(0)).shape == ()
+    several = name == "several labels"
+    config = load("model.multi_label=True", "train.accumulate=2") if several else configs.load(name)
+    mesh = make_mesh()
+    run, batch = build.build(config, replicated(mesh)), abstract_batch(config, by_row(mesh))
+    assert batch["label"].shape == ((16, 10) if several else (config.data.batch_size,))
+    _, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
+    assert averages["loss"][0].shape == ()
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -247,6 +242,7 @@ OUT_OF_RANGE = {
     "positive": (0, -1),
     "0 or more": (-1,),
     "at least 0 and below 1": (-0.1, 1, 1.5),
+    "above 0 and at most 1": (-0.1, 0, 1.01),
     "between 0 and 2147483647": (-1, 2**31),
     "positive whole numbers": ((0,), (-4,), (4, 2.5), ("4",)),
     "one or more positive whole numbers": ((), (0, 1), (1.5,), ("wide",)),
@@ -288,6 +284,12 @@ def test_learned_variance_is_asked_for_in_both_places_or_in_neither(overrides):
     assert "config.diffusion.variance" in sentence
 
 
+def test_a_batch_divides_by_the_parts_it_is_taken_in():
+    sentence = refused("data.batch_size=16", "train.accumulate=3")
+    assert sentence == "config.data.batch_size=16 does not divide by config.train.accumulate=3"
+    assert load("data.batch_size=15", "train.accumulate=3").train.accumulate == 3
+
+
 # What it is held together with.
 
 
@@ -299,11 +301,25 @@ def test_choices_are_the_names_beside_the_functions():
         "diffusion.schedule": SCHEDULES,
         "diffusion.prediction": PREDICTIONS,
         "diffusion.variance": VARIANCES,
+        "loss.terms": TERMS,
+        "loss.kind": KINDS,
         "loss.classify": CLASSIFY,
         "optim.schedule": build.SCHEDULES,
+        "train.t_sampler": T_SAMPLERS,
         "data.name": DATASETS,
     }
     assert {key: tuple(names) for key, names in known.items()} == CHOICES
+
+
+def test_the_keys_and_names_that_the_method_page_gives_are_there():
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    sections = {key.split(".")[0] for key in KEYS if "." in key}
+    given = {key for key in re.findall(r"`(\w+\.\w+)`", page) if key.split(".")[0] in sections}
+    assert len(given) > 20 and given <= set(KEYS)
+    for row in page.splitlines():
+        key = re.match(r"\| [^|]*\| `(\w+\.\w+)` ((?:\"\w+\"(?:, )?)+)", row)
+        if key:
+            assert set(re.findall(r"\w+", key[2])) <= set(CHOICES[key[1]]), row
 
 
 # Written and read back.

@@ -98,6 +98,7 @@ def test_labels_without_guidance_are_warned_about(joint):
         (dict(guidance="pixel"), "needs labels"),
         (dict(steps=51), "steps=51 must lie between 1 and diffusion.steps=50"),
         (dict(steps=0), "steps=0"),
+        (dict(steps="2,26"), "steps=2,26 asks for 26 of the 25 times of a section"),
         (dict(labels=[1], guidance="pixel", scale=float("nan")), "scale=nan must be finite"),
         (dict(eta=2.0), "eta=2.0"),
         (dict(batch_size=0), "batch_size=0"),
@@ -110,13 +111,13 @@ def test_bad_requests_are_one_sentence(joint, options, said):
 
 
 def test_files(joint, tmp_path):
-    samples = jdm.sample(joint, labels=[3, 4], guidance="pixel", steps=2)
+    samples = jdm.sample(joint, labels=[3, 4], guidance="pixel", steps="1,1")
     samples.save(tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as saved:
         np.testing.assert_array_equal(saved["images"], samples.images)
         assert list(saved["labels"]) == [3, 4] and list(saved["seeds"]) == [0, 1]
         settings = json.loads(str(saved["settings"]))
-    assert settings["guidance"] == "pixel" and settings["steps"] == 2
+    assert settings["guidance"] == "pixel" and settings["steps"] == "1,1"
     samples.save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width >= 400

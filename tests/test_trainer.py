@@ -142,6 +142,7 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
     [
         (dict(model=dict(attention=(3,))), "model.attention"),
         (dict(model=dict(num_classes=7)), "model.num_classes=7"),
+        (dict(model=dict(multi_label=True)), "model.multi_label=True does not fit .*'digits'"),
         (dict(model=dict(image_size=16)), "model.image_size=16"),
         (dict(model=dict(multipliers=(1, 1, 1, 1, 1))), "does not divide by 16"),
         (dict(model=dict(heads=3)), "model.heads=3"),
@@ -159,3 +160,47 @@ def test_config_is_saved_beside_and_in_the_checkpoint(tiny):
     beside = json.loads((tiny / "config.json").read_text())
     assert beside == checkpoint.read_config(tiny, 4)
     assert configs.from_dict(beside) == load(tiny).config == configs.load("tiny")
+
+
+def test_training_sees_the_share_of_the_labels_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    given = []
+
+    class Stop(Exception):
+        pass
+
+    def batches(images, labels, **settings):
+        given.append((len(images), labels))
+        raise Stop
+
+    monkeypatch.setattr(trainer, "train_batches", batches)
+    for fraction in (1.0, 0.1):
+        with pytest.raises(Stop):
+            trainer.train(
+                config_of(data=dict(labelled_fraction=fraction)), tmp_path / f"{fraction}"
+            )
+    (count, whole), (same, some) = given
+    assert count == same == len(some) and (whole >= 0).all()  # every image, not every label
+    assert (some >= 0).sum() == round(0.1 * count)
+    assert f"training sees {round(0.1 * count)} of {count:,} labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "multi_label", "said"),
+    [
+        (np.array([0, 3, -1]), False, "but the data hold the label 3"),
+        (np.array([0, -2, 1]), False, "but the data hold the label -2"),
+        (np.array([[0, 1, 1], [0, 2, -1]]), True, "but the data hold the label 2"),
+        (np.array([0, 1, 1]), True, r"needs labels of the shape \(3, 3\), but .* \(3,\)"),
+        (np.array([[0, 1], [1, 1]]), True, r"needs labels of the shape \(2, 3\), but .* \(2, 2\)"),
+        (np.array([[0, 1, 1]]), False, r"needs labels of the shape \(1,\), but .* \(1, 3\)"),
+    ],
+)
+def test_labels_the_model_cannot_learn_are_one_sentence(labels, multi_label, said):
+    asked = f"config.model.num_classes=3 with config.model.multi_label={multi_label}"
+    with pytest.raises(configs.ConfigError, match=f"^{asked}.*{said}$"):
+        trainer._check_labels(labels, 3, multi_label)
+
+
+def test_labels_are_those_of_the_model():
+    trainer._check_labels(np.array([0, 2, -1]), 3, False)
+    trainer._check_labels(np.array([[0, 1, -1]], np.int8), 3, True)

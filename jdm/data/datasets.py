@@ -14,7 +14,8 @@ class Dataset:
 
     name: what `data.name` says. image_size: height = width, in pixels. channels: 1 or 3.
     num_classes: labels are 0 to num_classes - 1 (-1 = unlabelled). splits: images in each split.
-    module: the module whose import registers the dataset's builder with TFDS.
+    module: the module whose import registers the dataset's builder with TFDS. multi_label: whether
+    an image has num_classes labels, each 0 or 1, int8 [num_classes].
     """
 
     name: str
@@ -23,6 +24,7 @@ class Dataset:
     num_classes: int
     splits: Mapping[str, int]
     module: str
+    multi_label: bool = False
 
 
 DATASETS: dict[str, Dataset] = {

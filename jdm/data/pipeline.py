@@ -189,7 +189,7 @@ class _HostBatches:
 
 def train_batches(
     images: UInt8[np.ndarray, "n h w c"],
-    labels: Int32[np.ndarray, " n"],
+    labels: Int[np.ndarray, "n ..."],
     *,
     batch_size: int,
     seed: int,
@@ -197,6 +197,8 @@ def train_batches(
     hosts: int = 1,
 ) -> BatchIterator:
     """Endless shuffled batches {"image": uint8 [B/H, h, w, c], "label": int32 [B/H]} of this host.
+
+    Labels may be [N, K], and are [B/H, K] then.
 
     batch_size: B, over all hosts; may exceed n. seed: the order, the same on every host. host,
     hosts: which rows of each batch are ours, `jax.process_index()` and `jax.process_count()`.
@@ -227,7 +229,7 @@ def train_batches(
 
 def eval_batches(
     images: UInt8[np.ndarray, "n h w c"],
-    labels: Int32[np.ndarray, " n"],
+    labels: Int[np.ndarray, "n ..."],
     batch_size: int,
     *,
     host: int = 0,
@@ -250,7 +252,9 @@ def eval_batches(
             pad = rows - len(image)
             yield {
                 "image": np.pad(image, ((0, pad), (0, 0), (0, 0), (0, 0))),
-                "label": np.pad(label, (0, pad), constant_values=-1),
+                "label": np.pad(
+                    label, ((0, pad), *[(0, 0)] * (label.ndim - 1)), constant_values=-1
+                ),
                 "mask": np.arange(rows) < len(image),
             }
 

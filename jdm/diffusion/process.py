@@ -68,21 +68,26 @@ SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
     "cosine": _cosine,
 }
 
-# What the network's raw output stands for: (raw, xt, sqrt(abar), sqrt(1 - abar)) -> eps.
+# What the network's raw output stands for: (raw, xt, a, b, c, d) -> eps, where (1) is
+# x_t = a x_0 + b eps, and the mean of q(x_{t-1} | x_t, x_0), the target of "previous", is
+# c x_0 + d x_t (2); at t = 0 that mean is x_0.
 PREDICTIONS: dict[str, Callable[..., Array]] = {
-    "eps": lambda raw, xt, a, b: raw,
-    "x0": lambda raw, xt, a, b: (xt - a * raw) / b,
-    "v": lambda raw, xt, a, b: a * raw + b * xt,  # (3)
+    "eps": lambda raw, xt, a, b, c, d: raw,
+    "x0": lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
+    "v": lambda raw, xt, a, b, c, d: a * raw + b * xt,  # (3)
+    "previous": lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
 }
 
-# The same three as regression targets: (x0, eps, sqrt(abar), sqrt(1 - abar)) -> target.
+# The same as regression targets: (x0, eps, a, b, c, d) -> target.
 TARGETS: dict[str, Callable[..., Array]] = {
-    "eps": lambda x0, eps, a, b: eps,
-    "x0": lambda x0, eps, a, b: x0,
-    "v": lambda x0, eps, a, b: a * eps - b * x0,
+    "eps": lambda x0, eps, a, b, c, d: eps,
+    "x0": lambda x0, eps, a, b, c, d: x0,
+    "v": lambda x0, eps, a, b, c, d: a * eps - b * x0,
+    "previous": lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
 }
 
-# (6): the weight of the squared error of each target: (SNR, gamma) -> weight.
+# (6): the weight of the squared error of each target: (SNR, gamma) -> weight. The error of
+# "previous" is that of x_0 times c², a steep weighting of the noise levels in itself: (6) has none.
 MIN_SNR_WEIGHTS: dict[str, Callable[..., Array]] = {
     "eps": lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
     "x0": lambda snr, gamma: jnp.minimum(snr, gamma),
@@ -172,7 +177,15 @@ class Diffusion:
         """(sqrt(abar_t), sqrt(1 - abar_t))."""
         return self.at(np.sqrt(self.abar), t), self.at(np.sqrt(1 - self.abar), t)
 
-    # Between x0, xt, eps and v.
+    def posterior_scales(self, t: Times) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
+        """(c, d) of the mean c x_0 + d x_t of (2) for s = t - 1; (1, 0) at t = 0."""
+        abar_prev = np.append(1.0, self.abar[:-1])
+        of_x0 = np.sqrt(abar_prev) * self.betas / (1 - self.abar)
+        of_xt = np.sqrt(1 - self.betas) * (1 - abar_prev) / (1 - self.abar)
+        of_x0[0] = 1  # exactly, where rounding might not be
+        return self.at(of_x0, t), self.at(of_xt, t)
+
+    # Between x0, xt, eps and what the network predicts.
 
     def q_sample(self, x0: Images, t: Times, eps: Images) -> Images:
         """x_t given x_0 and the noise (1)."""
@@ -191,7 +204,7 @@ class Diffusion:
 
     def target(self, x0: Images, t: Times, eps: Images) -> Images:
         """What the network's output is regressed on."""
-        return TARGETS[self.prediction](x0, eps, *self.scales(t))
+        return TARGETS[self.prediction](x0, eps, *self.scales(t), *self.posterior_scales(t))
 
     def loss_weight(self, t: Times, gamma: float) -> Float[Array, " b"]:
         """Weight of the squared error at t: min-SNR (6), or 1 where gamma is 0."""
@@ -213,7 +226,8 @@ class Diffusion:
         raw: [B, H, W, C], or [B, H, W, 2C] with learned variance.
         """
         mean, variance = self.split(raw)
-        eps = PREDICTIONS[self.prediction](mean, xt, *self.scales(t))
+        scales = (*self.scales(t), *self.posterior_scales(t))
+        eps = PREDICTIONS[self.prediction](mean, xt, *scales)
         if variance is None:
             return Estimate(eps)
         fraction = (variance + 1) / 2

@@ -62,14 +62,38 @@ def ddim(diffusion: Diffusion, eta: float) -> Callable:
 SAMPLERS: dict[str, Callable] = {"ancestral": ancestral, "ddim": ddim}
 
 
-def timesteps(total: int, steps: int) -> Int[np.ndarray, " steps"]:
-    """`steps` of the `total` times, evenly spaced from total - 1 down to 0.
+def timesteps(total: int, steps: int | str) -> Int[np.ndarray, " steps"]:
+    """The times that are visited, from the noisiest down, of a chain of `total`.
 
-    Raises ValueError unless 1 <= steps <= total.
+    steps: how many, evenly spaced from total - 1 to 0; or how many of each section, such as
+    "10,10,20": the chain is cut into sections as long as each other, the least noisy first, and
+    each is visited evenly from its first time to its last (a section of one at its first). The
+    rounding is that of the published code, to the same times. Only a single step differs: it
+    starts at the noise, total - 1, where the published one starts at 0.
+
+    Raises ValueError for a count below 1 or above the length of its section.
     """
-    if not 1 <= steps <= total:
+    try:
+        counts = [int(count) for count in str(steps).split(",")]
+    except ValueError:
+        raise ValueError(
+            f"steps={steps} must be a whole number, or section counts such as 10,10,20"
+        ) from None
+    if len(counts) == 1 and not 1 <= counts[0] <= total:
         raise ValueError(f"steps={steps} must lie between 1 and diffusion.steps={total}")
-    return np.linspace(total - 1, 0, steps).round().astype(np.int32)
+    if counts == [1]:
+        return np.array([total - 1], np.int32)
+    times = []
+    for section, count in zip(np.array_split(np.arange(total), len(counts)), counts, strict=True):
+        if not 1 <= count <= len(section):
+            raise ValueError(
+                f"steps={steps} asks for {count} of the {len(section)} times of a section; between "
+                f"1 and all are allowed, of {len(counts)} sections of diffusion.steps={total}"
+            )
+        # Added up, not multiplied: that decides which way an exact half is rounded.
+        stride = (len(section) - 1) / max(count - 1, 1)
+        times += [*section[0] + np.cumsum([0.0] + [stride] * (count - 1)).round()]
+    return np.array(times[::-1], np.int32)
 
 
 def image_noise(keys: Key[Array, " b"], index, shape: tuple[int, ...]) -> Images:
@@ -84,17 +108,17 @@ def sample(
     shape: tuple[int, int, int],
     *,
     sampler: str = "ddim",
-    steps: int = 50,
+    steps: int | str = 50,
     eta: float = 0.0,
     clip: bool = True,
 ) -> Images:
     """Images [B, *shape] (in [-1, 1] where clip is on), one per key, noise to image.
 
-    eps_fn: (xt [B, *shape], t int32 [B]) -> Estimate. steps: how many of the diffusion's T times
-    are visited. eta: see `ddim`. clip: hold the estimate of x0 in [-1, 1]; eps is then recomputed
-    from it, so that the two stay consistent.
+    eps_fn: (xt [B, *shape], t int32 [B]) -> Estimate. steps: which of the diffusion's T times
+    are visited, see `timesteps`. eta: see `ddim`. clip: hold the estimate of x0 in [-1, 1]; eps is
+    then recomputed from it, so that the two stay consistent.
 
-    Raises ValueError for an unknown sampler and for steps outside [1, T].
+    Raises ValueError for an unknown sampler and for steps that T does not hold.
     """
     step = SAMPLERS[pick("sampler", sampler, SAMPLERS)](diffusion, eta)
     times = timesteps(diffusion.steps, steps)

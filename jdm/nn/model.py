@@ -41,8 +41,9 @@ class ClassifierHead(nn.Module):
 class JointModel(nn.Module):
     """A UNet diffusion model and a classifier that share the UNet's encoder.
 
-    image_size, image_channels: of the images [B, S, S, C]. num_classes: K. The rest of the
-    network's shape is described at `UNet`. learned_variance doubles the output channels.
+    image_size, image_channels: of the images [B, S, S, C]. num_classes: K. multi_label: whether the
+    K logits are of K answers, yes or no, and not of one class among K; the network is the same. The
+    rest of its shape is described at `UNet`. learned_variance doubles the output channels.
     head_width, head_dropout: of the classifier. dtype: "float32" or "bfloat16", of the
     computation; parameters are float32 either way.
 
@@ -52,6 +53,7 @@ class JointModel(nn.Module):
     image_size: int
     image_channels: int
     num_classes: int
+    multi_label: bool
     channels: int
     multipliers: Sequence[int]
     blocks: int
@@ -64,6 +66,7 @@ class JointModel(nn.Module):
     head_width: int
     head_dropout: float
     dtype: str
+    remat: bool
 
     def setup(self):
         check_shape(self)
@@ -79,6 +82,7 @@ class JointModel(nn.Module):
             dtype=DTYPES[self.dtype],
             resample=self.resample,
             attention_order=self.attention_order,
+            remat=self.remat,
         )
         self.head = ClassifierHead(self.num_classes, self.head_width, self.head_dropout)
 

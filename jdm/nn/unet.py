@@ -10,6 +10,7 @@ The network is that of Dhariwal & Nichol 2021, as the joint diffusion models of 
 use it. Arrays are [B, H, W, C]; t is int32 [B].
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -180,7 +181,8 @@ class UNet(nn.Module):
     level; multipliers: one per level, times channels. blocks: residual blocks per level (the
     decoder has one more). attention: side lengths of the feature maps that get attention. heads:
     of each attention. resample: between levels a plain "conv", or a "resblock" that resizes inside.
-    dtype: of the computation; parameters are float32.
+    dtype: of the computation; parameters are float32. remat: the gradient computes the inside of
+    each block again instead of keeping it, for less memory and more time.
     """
 
     image_size: int
@@ -194,14 +196,18 @@ class UNet(nn.Module):
     dtype: jnp.dtype
     resample: str = "conv"
     attention_order: str = "head_first"
+    remat: bool = False
 
     def setup(self):
         sizes = level_sizes(self.image_size, len(self.multipliers))
         widths = [self.channels * m for m in self.multipliers]
         last = len(sizes) - 1
 
+        # `train`, the third argument after self, is no array.
+        of = functools.partial(nn.remat, static_argnums=(3,)) if self.remat else lambda cls: cls
+
         def block(level, attends):
-            return Block(
+            return of(Block)(
                 widths[level], self.dropout, self.dtype, self.heads, attends, self.attention_order
             )
 
@@ -210,7 +216,7 @@ class UNet(nn.Module):
 
         def resample(level, direction):
             if self.resample == "resblock":
-                return ResBlock(widths[level], self.dropout, self.dtype, direction)
+                return of(ResBlock)(widths[level], self.dropout, self.dtype, direction)
             return Resample(widths[level], direction, self.dtype)
 
         self.time_in = nn.Dense(4 * self.channels, dtype=self.dtype)

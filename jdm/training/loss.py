@@ -5,110 +5,227 @@ Owns what the network is asked at each step. Does not know optimisers.
 (9)   L = L_diffusion + lambda · L_class                             Deja et al. 2023, section 3
 (10)  L_diffusion = mean over batch, H, W, C of w(t) (target - prediction)²
 (11)  L_class = sum over labelled inputs of CE(y, p(y | Z)) / their number; the inputs are the clean
-      images at t = 0, the noised ones at their own t, or both; Z is the encoder's representations
+      images at t = 0, the noised ones at their own t, or both; Z is the encoder's representations;
+      with K labels each, sum over entries of the binary CE / the number of entries that are known
 (12)  learned variance adds b · T · bound(t), which trains the variance alone: the estimate of the
       noise is held fixed inside it                                  Nichol & Dhariwal 2021, eq. 16
+(10b) the variational bound itself in place of (10): L_diffusion = mean of bound(t) for "kl", of
+      T · bound(t), an estimate of the whole chain's, for "rescaled_kl"; in bits per dimension
+                                                                     Ho et al. 2020, eq. 5
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jdm.diffusion.process import Diffusion, pick, pixels_to_float
+from jdm.diffusion.process import (
+    MIN_SNR_WEIGHTS,
+    Diffusion,
+    Images,
+    Times,
+    pick,
+    pixels_to_float,
+)
 from jdm.nn.model import JointModel
 
 # Which halves of the encoder's batch [noised; clean] the classifier is trained on.
 CLASSIFY = ("clean", "noised", "both")
 
+# Which terms of (9) are computed and trained.
+TERMS = ("joint", "diffusion", "classifier")
+
+# What L_diffusion is: the squared error (10), or (10b) with its factor of the bound: T -> factor.
+BOUND_FACTORS = {"kl": lambda steps: 1, "rescaled_kl": lambda steps: steps}
+KINDS = ("mse", *BOUND_FACTORS)
+
 # One number of one step, to be summed over steps before it is divided: (sum, count).
 Average = tuple[Float[Array, ""], Float[Array, ""]]
 
 
+class Rows(NamedTuple):
+    """What is asked about each row of a batch, and what its answers add to the loss.
+
+    The sums over a batch are divided before they are taken: a row carries its share, so that the
+    loss of a batch is the sum of those of its parts, however the labels lie in them.
+
+    x0, eps: [B, H, W, C]. t: int32 [B]. label: see `JointLoss.rows`. share: of its part of
+    (10), what it counts over the number of rows. class_share: of its part of (11), lambda over the
+    number of labels among all inputs.
+    """
+
+    x0: Images
+    t: Times
+    eps: Images
+    label: Int[Array, "b ..."]
+    share: Float[Array, " b"]
+    class_share: Float[Array, " b"]
+
+
 def masked_cross_entropy(
     logits: Float[Array, "b k"], labels: Int[Array, " b"]
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """(summed cross-entropy in nats, correct, labelled) over the rows whose label is not -1."""
+) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """(cross-entropy in nats, correct, labelled) of each row, 0 where the label is -1."""
     labelled = labels >= 0
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     correct = labelled & (logits.argmax(axis=-1) == labels)
-    return jnp.where(labelled, entropy, 0).sum(), correct.sum() * 1.0, labelled.sum() * 1.0
+    return jnp.where(labelled, entropy, 0), correct * 1.0, labelled * 1.0
+
+
+def masked_binary_cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, "b k"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """The same of K answers, 0 or 1, to each row: sums over those that are not -1."""
+    labelled = labels >= 0
+    entropy = optax.sigmoid_binary_cross_entropy(logits, jnp.maximum(labels, 0))
+    correct = labelled & ((logits > 0) == (labels == 1))
+    each = jnp.where(labelled, entropy, 0), correct * 1.0, labelled * 1.0
+    return tuple(one.sum(axis=1) for one in each)
+
+
+# (11) of each row, by model.multi_label.
+ENTROPIES = {False: masked_cross_entropy, True: masked_binary_cross_entropy}
 
 
 @dataclasses.dataclass(frozen=True)
 class JointLoss:
     """The joint loss of a model under a diffusion.
 
-    weight: lambda of (9). classify: which inputs the classifier is trained on, one of CLASSIFY.
-    min_snr_gamma: gamma of the min-SNR weights of (10), 0 for uniform weights. variance_weight: b
-    of (12), used where the variance is learned.
+    terms: which are there, one of TERMS. kind: of the diffusion term, one of KINDS. weight: lambda
+    of (9). classify: which inputs the classifier is trained on, one of CLASSIFY. classify_after:
+    lambda is 0 in so many first steps. min_snr_gamma: gamma of the min-SNR weights of (10), 0 for
+    uniform weights. variance_weight: b of (12), used where the variance is learned and the kind is
+    "mse"; the bound trains mean and variance alike.
+
+    Raises ValueError for an unknown name, for min-SNR weights where (6) has none, and for a
+    classifier that is to join no other term.
     """
 
     model: JointModel
     diffusion: Diffusion
+    terms: str
+    kind: str
     weight: float
     classify: str
+    classify_after: int
     min_snr_gamma: float
     variance_weight: float
 
     def __post_init__(self):
+        pick("loss.terms", self.terms, TERMS)
+        pick("loss.kind", self.kind, KINDS)
         pick("loss.classify", self.classify, CLASSIFY)
+        if self.classify_after and self.terms != "joint":
+            raise ValueError(
+                f"loss.classify_after={self.classify_after} does not go with "
+                f"loss.terms={self.terms!r}; 0 is needed, or joint"
+            )
+        if self.min_snr_gamma and self.kind != "mse":
+            raise ValueError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} weighs squared errors and does not go "
+                f"with loss.kind={self.kind!r}; 0 is needed"
+            )
+        if self.min_snr_gamma and self.diffusion.prediction not in MIN_SNR_WEIGHTS:
+            raise ValueError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} does not go with "
+                f"diffusion.prediction={self.diffusion.prediction!r}; 0 is needed, or one of "
+                f"{', '.join(MIN_SNR_WEIGHTS)}"
+            )
+
+    def rows(
+        self,
+        batch: dict[str, Array],
+        t: Times,
+        counts: Float[Array, " b"],
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> Rows:
+        """The rows of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
+
+        Of a multi-label model label is int8 [B, K] of 0 and 1; -1 takes out that entry alone.
+        t: their noise levels. counts: what each counts in (10). key: of the noise. step: how many
+        were done before.
+        """
+        x0, label = pixels_to_float(batch["image"]), batch["label"]
+        eps = jax.random.normal(key, x0.shape)
+        inputs = (label >= 0).sum() * (2 if self.classify == "both" else 1)
+        weight = jnp.where(step >= self.classify_after, self.weight, 0.0)
+        class_share = jnp.broadcast_to(weight / jnp.maximum(inputs, 1), t.shape)
+        return Rows(x0, t, eps, label, counts / len(t), class_share)
 
     def __call__(
-        self, params, batch: dict[str, Array], keys: dict[str, Key[Array, ""]]
-    ) -> tuple[Float[Array, ""], dict[str, Average]]:
-        """(L, averages) of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
+        self, params, rows: Rows, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Average], Float[Array, " b"]]]:
+        """(what the rows add to L, (averages, the diffusion term of each row)).
 
-        keys: the streams t, noise and dropout. The averages are pairs (sum, count).
+        key: of the dropout. The averages are pairs (sum, count). A term that is left out has none,
+        and is 0.
         """
-        x0 = pixels_to_float(batch["image"])
-        t = jax.random.randint(keys["t"], x0.shape[:1], 0, self.diffusion.steps)
-        eps = jax.random.normal(keys["noise"], x0.shape)
-        xt = self.diffusion.q_sample(x0, t, eps)
+        xt = self.diffusion.q_sample(rows.x0, rows.t, rows.eps)
+        raw, logits = self._network(params, rows, xt, key)
+        loss, term, averages = jnp.zeros(()), jnp.zeros(rows.t.shape), {}
+        if raw is not None:
+            term, error = self._diffusion_term(raw, rows, xt)
+            loss += (rows.share * term).sum()
+            averages["diffusion"] = (rows.share * error).sum(), rows.share.sum()
+        if logits is not None:
+            halves = len(logits) // len(rows.t)
+            labels, share = (jnp.concatenate([x] * halves) for x in (rows.label, rows.class_share))
+            entropy, correct, labelled = ENTROPIES[self.model.multi_label](logits, labels)
+            loss += (share * entropy).sum()  # (9)
+            averages["cross_entropy"] = entropy.sum(), labelled.sum()
+            averages["accuracy"] = correct.sum(), labelled.sum()
+        return loss, (averages, term)
 
-        raw, logits, labels = self._network(params, x0, xt, t, batch["label"], keys["dropout"])
+    def _network(self, params, rows, xt, key):
+        """(raw output at (xt, t), logits of the halves that are classified, noised first).
 
-        diffusion, error = self._diffusion_term(raw, x0, xt, t, eps)
-        entropy, correct, labelled = masked_cross_entropy(logits, labels)
-        loss = diffusion + self.weight * entropy / jnp.maximum(labelled, 1)  # (9)
-        one = jnp.ones(())
-        return loss, {
-            "loss": (loss, one),
-            "diffusion": (error, one),
-            "cross_entropy": (entropy, labelled),
-            "accuracy": (correct, labelled),
-        }
-
-    def _network(self, params, x0, xt, t, labels, key):
-        """(raw output at (xt, t), logits, their labels), from one encoder pass over both inputs."""
+        One encoder pass over what the terms need; None for what they do not.
+        """
 
         def apply(method, *args):
             return self.model.apply(
                 {"params": params}, *args, train=True, method=method, rngs={"dropout": key}
             )
 
-        if self.classify == "noised":
-            features = apply("encode", xt, t)
-            return apply("decode", features, t), apply("classify", features, t), labels
-        times = jnp.concatenate([t, jnp.zeros_like(t)])
-        features = apply("encode", jnp.concatenate([xt, x0]), times)
-        noised = jax.tree.map(lambda z: z[: len(t)], features)
-        clean = jax.tree.map(lambda z: z[len(t) :], features)
-        raw = apply("decode", noised, t)
-        if self.classify == "clean":
-            return raw, apply("classify", clean, times[len(t) :]), labels
-        return raw, apply("classify", features, times), jnp.concatenate([labels, labels])
+        decoded = {"noised"} if self.terms != "classifier" else set()
+        classified = {"noised", "clean"} if self.classify == "both" else {self.classify}
+        classified = classified if self.terms != "diffusion" else set()
 
-    def _diffusion_term(self, raw, x0, xt, t, eps):
-        """((10) with (12), the plain mean squared error)."""
+        halves = {"noised": (xt, rows.t), "clean": (rows.x0, jnp.zeros_like(rows.t))}
+        halves = {name: half for name, half in halves.items() if name in decoded | classified}
+        x, t = (jnp.concatenate(both) for both in zip(*halves.values(), strict=True))
+        features, raw, logits = apply("encode", x, t), None, None
+
+        def of(names):
+            """The features and times of these halves."""
+            if names == set(halves):
+                return features, t
+            start = list(halves).index(*names) * len(rows.t)
+            return jax.tree.map(lambda z: z[start : start + len(rows.t)], (features, t))
+
+        if decoded:
+            raw = apply("decode", *of(decoded))
+        if classified:
+            logits = apply("classify", *of(classified))
+        return raw, logits
+
+    def _diffusion_term(self, raw, rows, xt):
+        """(each row's (10) with (12), or (10b), each row's plain squared error)."""
+        x0, t = rows.x0, rows.t
         prediction, variance = self.diffusion.split(raw)
-        error = ((self.diffusion.target(x0, t, eps) - prediction) ** 2).mean(axis=(1, 2, 3))
-        term = (self.diffusion.loss_weight(t, self.min_snr_gamma) * error).mean()
+        target = self.diffusion.target(x0, t, rows.eps)
+        error = ((target - prediction) ** 2).mean(axis=(1, 2, 3))
+        if self.kind in BOUND_FACTORS:
+            bound = self.diffusion.bound(self.diffusion.estimate(raw, xt, t), x0, xt, t)
+            return BOUND_FACTORS[self.kind](self.diffusion.steps) * bound, error
+        term = self.diffusion.loss_weight(t, self.min_snr_gamma) * error
         if variance is not None:
             estimate = self.diffusion.estimate(raw, xt, t)
             estimate = estimate._replace(eps=jax.lax.stop_gradient(estimate.eps))
-            bound = self.diffusion.bound(estimate, x0, xt, t).mean()
+            bound = self.diffusion.bound(estimate, x0, xt, t)
             term += self.variance_weight * self.diffusion.steps * bound
-        return term, error.mean()
+        return term, error

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -41,3 +43,21 @@ def test_partial_batches_and_unlabelled_images_count_right(joint, test_split):
 def test_no_label_is_an_error(joint, test_split):
     with pytest.raises(ValueError, match="no image"):
         dict(classification(joint, test_split[0][:4], np.full(4, -1, np.int32), 4))
+
+
+def test_a_multi_label_model_answers_for_each_class(joint, test_split):
+    """The same weights read as ten answers to each image."""
+    images, rng = test_split[0][:100], np.random.default_rng(0)
+    labels = rng.integers(-1, 2, size=(100, 10)).astype(np.int8)
+    many = dataclasses.replace(joint, model=joint.model.clone(multi_label=True))
+    answers = jdm.classify(many, images, batch_size=64)
+    shares = jdm.classify(joint, images, batch_size=64)
+    assert (answers > 0).all() and (answers < 1).all() and (answers.sum(axis=1) > 1.5).all()
+    odds = answers / (1 - answers)  # exp(logit), whose softmax the other model takes
+    np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), shares, rtol=1e-4)
+
+    found = dict(classification(many, images, labels, 64))
+    known = labels >= 0
+    assert found["accuracy"] == np.mean(((answers > 0.5) == labels)[known])
+    p = np.where(labels == 1, answers, 1 - answers)[known]
+    assert found["cross_entropy"] == pytest.approx(-np.log(p).mean(), rel=1e-5)

@@ -250,6 +250,16 @@ def test_order_never_changes():
     assert epoch_permutation(10, 7, 3).tolist() == [2, 1, 4, 8, 9, 3, 5, 7, 6, 0]
 
 
+def test_labels_may_be_several_to_an_image():
+    images, labels = numbered(5)
+    several = np.stack([labels, -labels], axis=1).astype(np.int8)
+    batch = next(train_batches(images, several, batch_size=4, seed=0))
+    assert batch["label"].dtype == np.int8
+    np.testing.assert_array_equal(batch["label"], several[batch["image"][:, 0, 0, 0]])
+    *_, last = eval_batches(images, several, 3)
+    np.testing.assert_array_equal(last["label"], [*several[3:], [-1, -1]])
+
+
 def test_batches_are_copies():
     images, labels = numbered(6)
     batch = next(train_batches(images, labels, batch_size=6, seed=0))

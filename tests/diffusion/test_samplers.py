@@ -130,6 +130,58 @@ def test_one_step_starts_at_the_noisiest_time():
     assert timesteps(1000, 1).tolist() == [999]
 
 
+def respaced(total: int, counts: list[int]) -> list[int]:
+    """The published rule, a section after the other and a time after the other."""
+    times, start = [], 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        position = 0.0
+        for _ in range(count):
+            times.append(start + round(position))  # halves to even
+            position += (size - 1) / (count - 1) if count > 1 else 1
+        start += size
+    return times
+
+
+@pytest.mark.parametrize("total", [7, 24, 50, 100, 128, 500, 1000, 4000])
+def test_timesteps_are_those_of_the_published_respacing(total):
+    for steps in range(2, min(total, 300) + 1):  # 24 and 15: a half, rounded down as sums have it
+        assert timesteps(total, steps)[::-1].tolist() == respaced(total, [steps])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_section_counts_are_those_of_the_published_respacing(data):
+    sections = data.draw(st.integers(2, 6))
+    total = data.draw(st.integers(sections, 2000))
+    counts = data.draw(
+        st.lists(st.integers(1, total // sections), min_size=sections, max_size=sections)
+    )
+    times = timesteps(total, ",".join(map(str, counts)))
+    assert times.dtype == np.int32 and times[::-1].tolist() == respaced(total, counts)
+
+
+def test_section_counts_by_hand():
+    assert timesteps(12, "1,2,4").tolist() == [11, 10, 9, 8, 7, 4, 0]
+    assert timesteps(10, "2,2,2").tolist() == [9, 7, 6, 4, 3, 0]  # the first section is longer
+    assert timesteps(100, "20").tolist() == timesteps(100, 20).tolist()
+
+
+@pytest.mark.parametrize(
+    "steps, sentence",
+    [
+        ("10,60", r"^steps=10,60 asks for 60 of the 50 times of a section; .*steps=100$"),
+        ("10,0", r"^steps=10,0 asks for 0 of the 50 times of a section"),
+        ("10,", r"^steps=10, must be a whole number, or section counts such as 10,10,20$"),
+        ("ddim50", r"^steps=ddim50 must be a whole number"),
+        ("101", r"^steps=101 must lie between 1 and diffusion\.steps=100$"),
+    ],
+)
+def test_section_counts_that_cannot_be_are_one_sentence(steps, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        timesteps(100, steps)
+
+
 @pytest.mark.parametrize("steps", [0, -1, 101])
 def test_step_counts_that_cannot_be_are_an_error(steps):
     sentence = rf"^steps={steps} must lie between 1 and diffusion\.steps=100$"
@@ -146,17 +198,17 @@ def test_an_unknown_sampler_is_one_sentence_that_lists_the_known():
         sample(gaussian_eps(diffusion), diffusion, make_keys(1), (2, 2, 1), sampler="euler")
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_network_sees_times_of_the_original_chain_and_no_others(name):
+@pytest.mark.parametrize("name, steps", [*((name, 7) for name in SAMPLERS), ("ddim", "2,1,4")])
+def test_the_network_sees_times_of_the_original_chain_and_no_others(name, steps):
     diffusion, seen = Diffusion(100), []
 
     def eps_fn(x, t):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
         return gaussian_eps(diffusion)(x, t)
 
-    draw(eps_fn, diffusion, make_keys(3), sampler=name, steps=7)
+    draw(eps_fn, diffusion, make_keys(3), sampler=name, steps=steps)
     jax.effects_barrier()
-    assert [t.tolist() for t in seen] == [[t] * 3 for t in timesteps(100, 7).tolist()]
+    assert [t.tolist() for t in seen] == [[t] * 3 for t in timesteps(100, steps).tolist()]
     assert all(t.dtype == np.int32 for t in seen)
 
 

@@ -1,5 +1,7 @@
 """jdm.nn.model: shapes, dtypes, what the head reads, and sizes that do not fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +179,36 @@ def test_every_known_name_fits(tiny_model):
         for name in known:
             check_shape(tiny_model(**{key: name}))
     check_shape(tiny_model(heads=3, attention=(), multipliers=(1, 3)))
+
+
+# Computing again instead of keeping.
+
+
+def kept_bytes(model, params) -> int:
+    """What the forward pass keeps for the gradient, in bytes; nothing is computed."""
+    x, t = jnp.zeros((64, 8, 8, 1)), jnp.zeros(64, jnp.int32)
+
+    def outputs(params):
+        return model.apply({"params": params}, x, t)
+
+    _, backward = jax.eval_shape(lambda params: jax.vjp(outputs, params), params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+def test_remat_keeps_less_for_the_gradient_and_names_weights_alike(tiny_model, tiny_params):
+    model, again = (tiny_model(resample="resblock", remat=remat) for remat in (False, True))
+    params = tiny_params(model)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tiny_params(m)) for m in (model, again)]
+    assert shapes[0] == shapes[1]
+    assert kept_bytes(again, params) < kept_bytes(model, params) / 3
+
+
+def test_remat_changes_no_output(tiny_model, tiny_params):
+    """With dropout too, which has its keys from the names of the modules."""
+    shape = dict(multipliers=(1,), attention=(), dropout=0.5)
+    params, found = tiny_params(tiny_model(**shape)), []
+    for remat in (False, True):
+        model = tiny_model(**shape, remat=remat)
+        run = jax.jit(functools.partial(model.apply, train=True))
+        found.append(run({"params": params}, X, T, rngs={"dropout": jax.random.key(1)}))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *found)

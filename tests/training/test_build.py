@@ -6,9 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from jdm import checkpoint
 from jdm.configs import base
 from jdm.mesh import make_mesh, replicated
-from jdm.training.build import build, make_optimiser
+from jdm.nn.model import JointModel
+from jdm.training.build import ASKED, build, make_optimiser, of_terms
+from jdm.training.loss import TERMS
 
 SETTINGS = dict(
     lr=0.1,
@@ -82,6 +85,72 @@ def test_an_unknown_schedule_is_one_sentence_that_lists_the_known():
         ValueError, match="^optim.schedule='step' is unknown; known: constant, cosine$"
     ):
         make_optimiser(**{**SETTINGS, "schedule": "step"})
+
+
+@pytest.fixture(scope="module")
+def model() -> JointModel:
+    config = base.get_config()
+    config.model.update(channels=8, multipliers=(1, 2), blocks=1, attention=(), heads=2)
+    return JointModel(**config.model)
+
+
+@pytest.fixture(scope="module")
+def shapes(model):
+    x, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+
+
+DECODER = {"decoder_0_0", "decoder_0_1", "decoder_1_0", "decoder_1_1", "up_0", "norm", "out"}
+
+
+@pytest.mark.parametrize(
+    "terms, still", [("joint", set()), ("diffusion", {"head"}), ("classifier", DECODER)]
+)
+def test_weights_of_a_term_that_is_left_out_do_not_change(terms, still, model, shapes):
+    """Not by weight decay either, which moves all others; and they have no moments."""
+    optimiser = of_terms(make_optimiser(**{**SETTINGS, "weight_decay": 0.5}), model, terms)
+    params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+    state = optimiser.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates)
+
+    after = step(params, state)
+    parts = {**after["unet"], "head": after["head"]}
+    assert still < set(parts)
+    for name, part in parts.items():
+        expected = 1 if name in still else 1 - 0.1 * 0.5
+        for leaf in jax.tree.leaves(part):
+            np.testing.assert_allclose(leaf, expected, rtol=0 if name in still else 1e-6)
+    of_still = sum(leaf.size for name in still for leaf in jax.tree.leaves(parts[name]))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * (size - of_still)
+
+
+def test_frozen_weights_survive_a_checkpoint(model, shapes, tmp_path):
+    optimiser = of_terms(make_optimiser(**SETTINGS), model, "diffusion")
+    state = optimiser.init(jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes))
+    items = dict(weights={"w": jnp.ones(1)}, train_state={"optimiser": state}, config={"a": 1})
+    checkpoint.save(tmp_path, 1, **items, keep=1)
+    sharding = replicated(make_mesh())
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), {"optimiser": state}
+    )
+    back = checkpoint.restore(tmp_path, 1, train_state=abstract)["train_state"]
+    assert jax.tree.structure(back["optimiser"]) == jax.tree.structure(state)
+
+
+def test_losses_that_are_not_computed_draw_no_noise_levels():
+    config = base.get_config()
+    config.loss.terms, config.train.t_sampler = "classifier", "loss_second_moment"
+    with pytest.raises(ValueError, match=r"^train\.t_sampler=.*loss\.terms='classifier'"):
+        build(config, replicated(make_mesh()))
+
+
+def test_asked_are_the_terms_there_are():
+    assert tuple(ASKED) == TERMS
 
 
 @pytest.mark.parametrize(

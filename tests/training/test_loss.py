@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 
 from jdm.configs import base
-from jdm.diffusion.process import PREDICTIONS, Diffusion
+from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
-from jdm.training.loss import CLASSIFY, JointLoss, masked_cross_entropy
+from jdm.training.loss import (
+    CLASSIFY,
+    KINDS,
+    JointLoss,
+    masked_binary_cross_entropy,
+    masked_cross_entropy,
+)
+from jdm.training.t_sampler import T_SAMPLERS
 
 SEEN = []  # what the toy's encoder was given, in order
+ASKED = []  # what else it was asked to do
 
 
 class Toy(JointModel):
@@ -30,10 +38,12 @@ class Toy(JointModel):
         return Features(x, (t.astype(jnp.float32),))
 
     def decode(self, features, t, train=False):
+        ASKED.append("decode")
         raw = self.get_variable("params", "raw")
         return jnp.broadcast_to(raw, (*features.mid.shape[:3], raw.shape[-1]))
 
     def classify(self, features, t, train=False):
+        ASKED.append("classify")
         (times,) = features.skips  # the time the encoder had is the time the head has
         t = t + 0 * times
         slope, clock = (self.get_variable("params", name) for name in ("slope", "clock"))
@@ -66,13 +76,23 @@ def joint_loss(diffusion=DIFFUSION, **settings) -> JointLoss:
     return JointLoss(MODEL, diffusion, **settings)
 
 
-def evaluate(loss_fn, params=PARAMS, batch=BATCH, **changed):
+def whole_loss(loss_fn, params, batch, drawn, step=0):
+    """(the loss, its averages) of a batch with evenly drawn times."""
+    count = len(batch["image"])
+    t, counts = T_SAMPLERS["uniform"](loss_fn.diffusion.steps).draw(drawn["t"], None, count)
+    rows = loss_fn.rows(batch, t, counts, drawn["noise"], jnp.int32(step))
+    loss, (averages, _) = loss_fn(params, rows, drawn["dropout"])
+    return loss, averages
+
+
+def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, **changed):
     """The loss, sums and counts of the averages, and what the encoder saw.
 
     Not compiled: small operations are compiled once for all tests, a whole loss for each.
     """
     SEEN.clear()
-    loss, averages = loss_fn(params, batch, keys(**changed))
+    ASKED.clear()
+    loss, averages = whole_loss(loss_fn, params, batch, keys(**changed), step)
     ((x, t),) = SEEN  # one encoder pass
     return SimpleNamespace(
         loss=float(loss),
@@ -129,7 +149,7 @@ def test_times_cover_the_whole_chain_evenly_and_noise_is_standard_normal():
     @jax.jit
     def inputs():
         SEEN.clear()
-        loss_fn(PARAMS, batch, keys())
+        whole_loss(loss_fn, PARAMS, batch, keys())
         return SEEN[0]
 
     x, t = (np.asarray(seen) for seen in inputs())
@@ -158,7 +178,7 @@ def test_the_error_is_a_mean_over_pixels_and_channels(size, channels):
     assert np.isclose(evaluate(loss_fn, PARAMS | {"raw": raw}, batch).loss, (x0 - 0.1) ** 2)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", MIN_SNR_WEIGHTS)
 def test_errors_are_weighted_by_min_snr_and_reported_unweighted(prediction):
     batch, x0 = pixels(-0.4, size=4)
     diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
@@ -212,7 +232,7 @@ def test_lambda_scales_the_classifiers_term_alone(weight):
 
 
 def gradient(loss_fn, params=PARAMS, batch=BATCH):
-    return jax.grad(lambda params: loss_fn(params, batch, keys())[0])(params)
+    return jax.grad(lambda params: whole_loss(loss_fn, params, batch, keys())[0])(params)
 
 
 def test_unlabelled_rows_change_nothing_for_the_classifier():
@@ -223,7 +243,7 @@ def test_unlabelled_rows_change_nothing_for_the_classifier():
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def value_and_grad(logits):
-        total, correct, count = masked_cross_entropy(logits, labels)
+        total, correct, count = (each.sum() for each in masked_cross_entropy(logits, labels))
         return total, (correct, count)
 
     (total, (correct, count)), grad = value_and_grad(logits)
@@ -265,6 +285,78 @@ def test_an_unknown_name_is_one_sentence_that_lists_the_known():
         joint_loss(classify="dirty")
 
 
+# Several labels to an image.
+
+
+def test_each_label_of_several_counts_for_itself():
+    labels = RNG.integers(-1, 2, size=(8, 3)).astype(np.int8)
+    labels[2] = -1  # nothing is known of one image, something of most
+    batch = BATCH | {"label": jnp.asarray(labels)}
+    loss_fn = JointLoss(MODEL.clone(multi_label=True), DIFFUSION, **base.get_config().loss)
+    found = evaluate(loss_fn, batch=batch)
+    slope, clock = (np.asarray(PARAMS[name], np.float64) for name in ("slope", "clock"))
+    mean = np.asarray(found.x, np.float64).mean(axis=(1, 2, 3))[:, None]
+    logits = mean * slope + np.asarray(found.t)[:, None] * clock
+    twice = np.concatenate([labels, labels])  # the noised images and the clean ones
+    p = 1 / (1 + np.exp(-logits))
+    entropy = -np.where(twice == 1, np.log(p), np.log(1 - p))[twice >= 0]
+    assert found.counts["cross_entropy"] == len(entropy) == 2 * (labels >= 0).sum()
+    np.testing.assert_allclose(found.sums["cross_entropy"], entropy.sum(), rtol=1e-5)
+    assert found.sums["accuracy"] == ((p > 0.5) == twice)[twice >= 0].sum()
+    expected = found.sums["diffusion"] + 0.1 * entropy.mean()
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
+
+
+def test_a_hidden_entry_changes_nothing():
+    logits = jnp.asarray(RNG.normal(size=(2, 3)), jnp.float32)
+    labels = jnp.asarray([[1, -1, 0], [-1, -1, -1]], jnp.int8)
+
+    def total(logits):
+        return masked_binary_cross_entropy(logits, labels)[0].sum()
+
+    grad = np.asarray(jax.grad(total)(logits))
+    assert ((grad != 0) == (np.asarray(labels) >= 0)).all()
+
+
+# One term without the other.
+
+
+@pytest.mark.parametrize("classify", CLASSIFY)
+def test_a_term_that_is_left_out_is_not_computed_and_the_other_is_as_it_was(classify):
+    joint = evaluate(joint_loss(classify=classify, weight=0.3))
+    entropy = 0.3 * joint.sums["cross_entropy"] / joint.counts["cross_entropy"]
+    noised, clean = joint.x[:8], BATCH["image"] / 127.5 - 1
+    # What the encoder of the joint loss is given: the noised, and the clean where they are asked.
+    assert ASKED == ["decode", "classify"] and len(joint.x) == (8 if classify == "noised" else 16)
+
+    diffusion = evaluate(joint_loss(classify=classify, terms="diffusion"))
+    assert ASKED == ["decode"]
+    assert set(diffusion.sums) == {"diffusion"}
+    np.testing.assert_array_equal(diffusion.x, noised)
+    np.testing.assert_allclose(diffusion.loss, joint.sums["diffusion"], rtol=1e-6)
+
+    alone = evaluate(joint_loss(classify=classify, terms="classifier", weight=0.3))
+    assert ASKED == ["classify"]
+    assert set(alone.sums) == {"cross_entropy", "accuracy"}
+    np.testing.assert_allclose(alone.loss, entropy, rtol=1e-5)
+    expected = {"clean": [clean], "noised": [noised], "both": [noised, clean]}[classify]
+    np.testing.assert_allclose(alone.x, np.concatenate(expected), atol=1e-6)
+
+
+def test_the_classifier_joins_at_its_step():
+    late, start = joint_loss(classify_after=3), joint_loss()
+    for step in range(5):
+        found, expected = evaluate(late, step=step), evaluate(start, step=step)
+        assert found.loss == (expected.loss if step >= 3 else expected.sums["diffusion"])
+        assert found.sums == expected.sums  # what is reported does not wait
+
+
+@pytest.mark.parametrize("terms", ["diffusion", "classifier"])
+def test_a_classifier_that_joins_nothing_is_refused_by_name(terms):
+    with pytest.raises(ValueError, match=rf"^loss\.classify_after=5 .* loss\.terms='{terms}'"):
+        joint_loss(terms=terms, classify_after=5)
+
+
 # Learned variance.
 
 
@@ -291,3 +383,58 @@ def test_the_bound_is_scaled_to_the_whole_chain():
     bound = diffusion.bound(estimate, x0, found.x, found.t).mean()
     extra = found.loss - found.sums["diffusion"]
     np.testing.assert_allclose(extra, 0.001 * 50 * bound, rtol=1e-4)
+
+
+# The variational bound as the loss.
+
+
+def random_raw(channels: int):
+    """Parameters under which every pixel of every row has an output of its own."""
+    return PARAMS | {"raw": jnp.asarray(RNG.normal(size=(8, 4, 4, channels)), jnp.float32)}
+
+
+@pytest.mark.parametrize("variance, channels", [("fixed_large", 1), ("learned", 2)])
+def test_the_loss_is_the_bound_and_rescaled_the_bound_of_the_whole_chain(variance, channels):
+    diffusion, params = dataclasses.replace(DIFFUSION, variance=variance), random_raw(channels)
+    found = {
+        kind: evaluate(joint_loss(diffusion, kind=kind, classify="noised", weight=0.0), params)
+        for kind in KINDS
+    }
+    seen = found["kl"]
+    x0 = jnp.asarray(np.asarray(BATCH["image"]) / 127.5 - 1, jnp.float32)
+    estimate = diffusion.estimate(params["raw"], seen.x, seen.t)
+    bound = diffusion.bound(estimate, x0, seen.x, seen.t).mean()
+    np.testing.assert_allclose(seen.loss, bound, rtol=1e-4)
+    np.testing.assert_allclose(found["rescaled_kl"].loss, 50 * bound, rtol=1e-4)
+    # What is reported is the squared error, whatever is trained.
+    assert len({one.sums["diffusion"] for one in found.values()}) == 1
+
+
+def test_the_gradient_of_the_bound_reaches_the_mean_and_the_variance():
+    diffusion, params = dataclasses.replace(DIFFUSION, variance="learned"), random_raw(2)
+    loss_fn = joint_loss(diffusion, kind="kl", classify="noised", weight=0.0, variance_weight=0.0)
+    grad = np.asarray(gradient(loss_fn, params)["raw"])
+    seen = evaluate(loss_fn, params)
+    # At t > 0 the mean is in the bound as (mu~ - mu)² / (2 sigma²), mu = mu~ + k (eps - eps_hat).
+    t = np.asarray(seen.t)
+    later = t > 0
+    assert later.sum() > 5 and np.abs(grad[later, ..., 1:]).min() > 0
+    abar, abar_s = diffusion.abar[t], np.append(1, diffusion.abar)[t]
+    k = np.sqrt(abar_s) * (1 - abar / abar_s) / (1 - abar) * np.sqrt((1 - abar) / abar)
+    a, b, k = (x[:, None, None, None] for x in (np.sqrt(abar), np.sqrt(1 - abar), k))
+    x0 = np.asarray(BATCH["image"]) / 127.5 - 1
+    eps = (np.asarray(seen.x) - a * x0) / b
+    log_variance = np.asarray(diffusion.estimate(params["raw"], seen.x, seen.t).log_variance)
+    slope = k**2 * (np.asarray(params["raw"])[..., :1] - eps) / np.exp(log_variance)
+    expected = (slope / np.log(2) / eps.size)[later]
+    np.testing.assert_allclose(grad[later, ..., :1], expected, rtol=1e-2, atol=1e-5)
+
+
+def test_min_snr_weights_of_what_has_none_are_refused_by_name():
+    previous = dataclasses.replace(DIFFUSION, prediction="previous")
+    with pytest.raises(
+        ValueError, match=r"^loss\.min_snr_gamma=5\.0 .* diffusion\.prediction='prev"
+    ):
+        joint_loss(previous, min_snr_gamma=5.0)
+    with pytest.raises(ValueError, match=r"^loss\.min_snr_gamma=5\.0 .* loss\.kind='kl'; 0 is"):
+        joint_loss(kind="kl", min_snr_gamma=5.0)

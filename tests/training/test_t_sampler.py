@@ -1,0 +1,133 @@
+"""jdm.training.t_sampler: what is remembered, what is drawn, and what it counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdm import trainer
+from jdm.config import load
+from jdm.data.pipeline import train_batches
+from jdm.training.build import Run
+from jdm.training.step import TrainState, train_step
+from jdm.training.t_sampler import KEPT, T_SAMPLERS, UNIFORM, History
+
+STEPS = 6
+KEY = jax.random.key(5)
+OPTIMISER = optax.sgd(1e-3)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """Compiled for six noise levels."""
+    made = T_SAMPLERS["loss_second_moment"](STEPS)
+    draw = jax.jit(made.draw, static_argnums=2)
+    return made._replace(draw=draw, update=jax.jit(made.update))
+
+
+def remembered(history: History) -> list[list[float]]:
+    """The losses kept at each t, sorted."""
+    kept = np.minimum(history.seen, KEPT)
+    return [
+        sorted(row[:n].tolist()) for row, n in zip(np.asarray(history.losses), kept, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rows", [7, 40])  # 40: often more than ten of one t in one batch
+def test_the_last_ten_losses_at_each_t_are_remembered(sampler, rows):
+    rng = np.random.default_rng(0)
+    history, expected = sampler.init(), [[] for _ in range(STEPS)]
+    for _ in range(12):
+        t = rng.integers(0, STEPS, rows) * rng.integers(0, 2, rows)  # half of them 0
+        losses = rng.normal(size=rows).astype(np.float32)
+        for time, loss in zip(t, losses, strict=True):  # as published: one after the other
+            expected[time] = [*expected[time], float(loss)][-10:]
+        history = sampler.update(history, jnp.asarray(t, jnp.int32), jnp.asarray(losses))
+        assert remembered(history) == [sorted(kept) for kept in expected]
+    assert int(history.seen.sum()) == 12 * rows
+
+
+def full(losses) -> History:
+    """A history in which all ten losses at each t are alike but for their sign."""
+    signs = jnp.resize(jnp.asarray([1.0, -1.0]), KEPT)
+    return History(jnp.asarray(losses)[:, None] * signs, jnp.full(STEPS, KEPT, jnp.int32))
+
+
+LOSSES = np.array([1.0, 2.0, 0.0, 4.0, 8.0, 1.0])
+
+
+def test_draws_follow_the_root_of_the_second_moment_and_count_the_inverse(sampler):
+    t, counts = (np.asarray(x) for x in sampler.draw(KEY, full(LOSSES), 20_000))
+    p = (1 - UNIFORM) * LOSSES / LOSSES.sum() + UNIFORM / STEPS
+    seen = np.bincount(t, minlength=STEPS)
+    assert np.abs(seen - 20_000 * p).max() < 5 * np.sqrt(20_000 * p.max())
+    np.testing.assert_allclose(counts, 1 / (STEPS * p[t]), rtol=1e-4)
+    # What it is for: the mean over the draws is that over even draws, of any loss.
+    other = np.array([3.0, -1.0, 0.0, 2.0, 5.0, 7.0])
+    np.testing.assert_allclose((counts * other[t]).mean(), other.mean(), rtol=0.05)
+
+
+def test_draws_are_even_until_every_t_has_ten_losses(sampler):
+    short = full(LOSSES)._replace(seen=jnp.asarray([10, 10, 9, 10, 10, 10], jnp.int32))
+    t, counts = (np.asarray(x) for x in sampler.draw(KEY, short, 20_000))
+    np.testing.assert_allclose(counts, 1, rtol=1e-6)
+    assert np.abs(np.bincount(t, minlength=STEPS) - 20_000 / 6).max() < 5 * np.sqrt(20_000 / 6)
+
+
+def test_uniform_draws_remember_nothing():
+    uniform = T_SAMPLERS["uniform"](STEPS)
+    t, counts = uniform.draw(KEY, uniform.init(), 1000)
+    assert uniform.init() is None and uniform.update(None, t, counts) is None
+    assert (counts == 1).all() and set(np.asarray(t).tolist()) == set(range(STEPS))
+
+
+class Falling:
+    """A loss of w · t for each row, as far as `train_step` looks into it."""
+
+    def rows(self, batch, t, counts, key, step):
+        return {"t": t * 1.0, "share": counts / len(t)}
+
+    def __call__(self, params, rows, key):
+        terms = params["w"] * rows["t"]
+        return (rows["share"] * terms).sum(), ({}, terms)
+
+
+def steps(sampler, state, count: int):
+    """(the state after so many steps, the losses of each)."""
+    seen = []
+    for _ in range(count):
+        state, averages = train_step(
+            state,
+            {"image": jnp.zeros(32)},
+            KEY,
+            loss_fn=Falling(),
+            t_sampler=sampler,
+            optimiser=OPTIMISER,
+            decay=0.9,
+            accumulate=2,
+        )
+        seen.append(float(averages["loss"][0]))
+    return state, seen
+
+
+def test_a_step_keeps_the_history_and_a_checkpoint_brings_it_back(sampler, tmp_path):
+    """What is drawn after resuming is what would have been drawn."""
+    w = {"w": jnp.ones(())}
+    start = TrainState(jnp.int32(0), w, w, OPTIMISER.init(w), sampler.init())
+    state, _ = steps(sampler, start, 6)
+    assert int(state.t_history.seen.sum()) == 6 * 32
+    assert (np.asarray(state.t_history.losses)[0] == 0).all()  # t = 0 has the loss 0
+
+    images, labels = np.zeros((4, 2, 2, 1), np.uint8), np.zeros(4, np.int32)
+    batches = train_batches(images, labels, batch_size=2, seed=0)
+    trainer.save(load("tiny"), tmp_path, state, batches)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    back = trainer.restore(Run(None, None, abstract, None, None), tmp_path, 6, batches)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    assert steps(sampler, back, 3)[1] == steps(sampler, state, 3)[1]
+    forgetful = state.replace(t_history=sampler.init())
+    assert steps(sampler, forgetful, 3)[1] != steps(sampler, state, 3)[1]
