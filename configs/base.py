@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
                 learned_variance=False,
                 resample="conv",
                 attention_order="head_first",
-                head_width=128,
+                head="normalised",
+                head_time="raw",  # what the head is told of the time: its own, or "zero" always
+                head_width=128,  # of the hidden layer; the published head has its own
                 head_dropout=0.3,
                 dtype="float32",
             ),
@@ -50,7 +52,11 @@ def get_config() -> ConfigDict:
                 b1=0.9,
                 b2=0.999,
             ),
-            train=dict(steps=1000, ema_decay=0.999),
+            train=dict(
+                steps=1000,
+                ema_decay=0.999,
+                ema_warmup=True,  # a shorter memory in the first steps
+            ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),
             eval=dict(every=1000, batch_size=256),

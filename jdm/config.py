@@ -24,6 +24,8 @@ from jdm.configs import base
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.resample": ("conv", "resblock"),
     "model.attention_order": ("head_first", "qkv_first"),
+    "model.head": ("normalised", "published"),
+    "model.head_time": ("raw", "zero"),
     "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
     "diffusion.prediction": ("eps", "x0", "v"),
@@ -193,6 +195,11 @@ def check(config: ConfigDict, where: str) -> None:
             f"config.model.learned_variance={values['model.learned_variance']} does not go with "
             f"config.diffusion.variance={values['diffusion.variance']!r}; learned needs True, "
             "the fixed ones False"
+        )
+    if values["model.head"] == "published" and values["data.batch_size"] < 2:
+        raise ConfigError(
+            f"config.data.batch_size={values['data.batch_size']} is too few for "
+            "config.model.head='published', which normalises over the batch; 2 or more are allowed"
         )
 
 

@@ -170,7 +170,12 @@ def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIte
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
     """The item `train_state`: the averages are the item `weights`, and stored once."""
-    return {"step": state.step, "params": state.params, "optimiser": state.optimiser}
+    return {
+        "step": state.step,
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "optimiser": state.optimiser,
+    }
 
 
 def fetch(pending: list[dict], first: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from jdm.configs import base
 from jdm.data.datasets import DATASETS
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
 from jdm.mesh import make_mesh, replicated
+from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.training import build
@@ -65,7 +66,8 @@ def test_every_named_config_builds_and_has_a_loss(name):
     loss_fn = JointLoss(run.model, run.diffusion, **config.loss)
 
     def first_loss(state, batch, root):
-        return loss_fn(state.params, batch, step_keys(root, state.step))[0]
+        keys = step_keys(root, state.step)
+        return loss_fn(state.params, state.batch_stats, batch, keys)[0]
 
     assert jax.eval_shape(first_loss, run.state, batch, jax.random.key(0)).shape == ()
 
@@ -288,6 +290,12 @@ def test_learned_variance_is_asked_for_in_both_places_or_in_neither(overrides):
     assert "config.diffusion.variance" in sentence
 
 
+def test_a_head_that_normalises_over_the_batch_needs_two_rows():
+    sentence = refused("model.head=published", "data.batch_size=1")
+    assert "config.data.batch_size=1" in sentence and "config.model.head='published'" in sentence
+    assert load("data.batch_size=1").data.batch_size == 1
+
+
 # What it is held together with.
 
 
@@ -295,6 +303,8 @@ def test_choices_are_the_names_beside_the_functions():
     known = {
         "model.resample": RESAMPLES,
         "model.attention_order": ATTENTION_ORDERS,
+        "model.head": HEADS,
+        "model.head_time": HEAD_TIMES,
         "model.dtype": DTYPES,
         "diffusion.schedule": SCHEDULES,
         "diffusion.prediction": PREDICTIONS,

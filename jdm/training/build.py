@@ -75,7 +75,11 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
         jax.eval_shape(init, jax.random.key(0)),
     )
     step = functools.partial(
-        train_step, loss_fn=loss_fn, optimiser=optimiser, decay=config.train.ema_decay
+        train_step,
+        loss_fn=loss_fn,
+        optimiser=optimiser,
+        decay=config.train.ema_decay,
+        warmup=config.train.ema_warmup,
     )
     # The init runs once; on a CPU, optimising it takes longer than all else about it.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

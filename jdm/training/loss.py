@@ -11,6 +11,7 @@ Owns what the network is asked at each step. Does not know optimisers.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,49 +58,63 @@ class JointLoss:
         pick("loss.classify", self.classify, CLASSIFY)
 
     def __call__(
-        self, params, batch: dict[str, Array], keys: dict[str, Key[Array, ""]]
-    ) -> tuple[Float[Array, ""], dict[str, Average]]:
-        """(L, averages) of a batch {image: uint8 [B, H, W, C], label: int32 [B]}, -1 = unlabelled.
+        self, params, batch_stats, batch: dict[str, Array], keys: dict[str, Key[Array, ""]]
+    ) -> tuple[Float[Array, ""], tuple[Any, dict[str, Average]]]:
+        """(L, (batch_stats, averages)) of a batch {image: uint8 [B, H, W, C], label: int32 [B]}.
 
-        keys: the streams t, noise and dropout. The averages are pairs (sum, count).
+        A label of -1 is none. keys: the streams t, noise and dropout. batch_stats: the head's, as
+        they were and as they are after this batch. The averages are pairs (sum, count).
         """
         x0 = pixels_to_float(batch["image"])
         t = jax.random.randint(keys["t"], x0.shape[:1], 0, self.diffusion.steps)
         eps = jax.random.normal(keys["noise"], x0.shape)
         xt = self.diffusion.q_sample(x0, t, eps)
 
-        raw, logits, labels = self._network(params, x0, xt, t, batch["label"], keys["dropout"])
+        weights = {"params": params, "batch_stats": batch_stats}
+        raw, logits, labels, batch_stats = self._network(
+            weights, x0, xt, t, batch["label"], keys["dropout"]
+        )
 
         diffusion, error = self._diffusion_term(raw, x0, xt, t, eps)
         entropy, correct, labelled = masked_cross_entropy(logits, labels)
         loss = diffusion + self.weight * entropy / jnp.maximum(labelled, 1)  # (9)
         one = jnp.ones(())
-        return loss, {
-            "loss": (loss, one),
-            "diffusion": (error, one),
-            "cross_entropy": (entropy, labelled),
-            "accuracy": (correct, labelled),
-        }
+        return loss, (
+            batch_stats,
+            {
+                "loss": (loss, one),
+                "diffusion": (error, one),
+                "cross_entropy": (entropy, labelled),
+                "accuracy": (correct, labelled),
+            },
+        )
 
-    def _network(self, params, x0, xt, t, labels, key):
-        """(raw output at (xt, t), logits, their labels), from one encoder pass over both inputs."""
+    def _network(self, weights, x0, xt, t, labels, key):
+        """(raw output at (xt, t), logits, their labels, the next batch_stats).
 
-        def apply(method, *args):
+        The encoder passes once over all inputs.
+        """
+
+        def apply(method, *args, **options):
             return self.model.apply(
-                {"params": params}, *args, train=True, method=method, rngs={"dropout": key}
+                weights, *args, train=True, method=method, rngs={"dropout": key}, **options
             )
 
         if self.classify == "noised":
-            features = apply("encode", xt, t)
-            return apply("decode", features, t), apply("classify", features, t), labels
-        times = jnp.concatenate([t, jnp.zeros_like(t)])
-        features = apply("encode", jnp.concatenate([xt, x0]), times)
-        noised = jax.tree.map(lambda z: z[: len(t)], features)
-        clean = jax.tree.map(lambda z: z[len(t) :], features)
-        raw = apply("decode", noised, t)
-        if self.classify == "clean":
-            return raw, apply("classify", clean, times[len(t) :]), labels
-        return raw, apply("classify", features, times), jnp.concatenate([labels, labels])
+            features, times = apply("encode", xt, t), t
+            raw = apply("decode", features, t)
+        else:
+            times = jnp.concatenate([t, jnp.zeros_like(t)])
+            features = apply("encode", jnp.concatenate([xt, x0]), times)
+            noised = jax.tree.map(lambda z: z[: len(t)], features)
+            clean = jax.tree.map(lambda z: z[len(t) :], features)
+            raw = apply("decode", noised, t)
+            if self.classify == "clean":
+                features, times = clean, times[len(t) :]
+            else:
+                labels = jnp.concatenate([labels, labels])
+        logits, updated = apply("classify", features, times, mutable=["batch_stats"])
+        return raw, logits, labels, updated["batch_stats"]
 
     def _diffusion_term(self, raw, x0, xt, t, eps):
         """((10) with (12), the plain mean squared error)."""

@@ -41,7 +41,8 @@ class Toy(JointModel):
 
 
 DIFFUSION = Diffusion(50)
-MODEL = Toy(**base.get_config().model)
+MODEL_FIELDS = dict(base.get_config().model)
+MODEL = Toy(**MODEL_FIELDS)
 PARAMS = {
     "raw": jnp.zeros(1),
     "slope": jnp.asarray([1.0, -2.0, 0.5]),
@@ -72,7 +73,7 @@ def evaluate(loss_fn, params=PARAMS, batch=BATCH, **changed):
     Not compiled: small operations are compiled once for all tests, a whole loss for each.
     """
     SEEN.clear()
-    loss, averages = loss_fn(params, batch, keys(**changed))
+    loss, (_, averages) = loss_fn(params, {}, batch, keys(**changed))
     ((x, t),) = SEEN  # one encoder pass
     return SimpleNamespace(
         loss=float(loss),
@@ -129,7 +130,7 @@ def test_times_cover_the_whole_chain_evenly_and_noise_is_standard_normal():
     @jax.jit
     def inputs():
         SEEN.clear()
-        loss_fn(PARAMS, batch, keys())
+        loss_fn(PARAMS, {}, batch, keys())
         return SEEN[0]
 
     x, t = (np.asarray(seen) for seen in inputs())
@@ -204,6 +205,25 @@ def test_clean_images_are_classified_without_noise_in_the_answer():
         np.testing.assert_allclose(entropy["both"][seed], halves, rtol=1e-5)
 
 
+class Counting(Toy):
+    """Keeps the sum of the pixels that its head was given."""
+
+    def classify(self, features, t, train=False):
+        seen = self.get_variable("batch_stats", "seen")
+        self.put_variable("batch_stats", "seen", seen + features.mid.sum())
+        return super().classify(features, t, train)
+
+
+@pytest.mark.parametrize("classify", CLASSIFY)
+def test_the_heads_statistics_are_those_of_what_it_was_given(classify):
+    loss_fn = dataclasses.replace(joint_loss(classify=classify), model=Counting(**MODEL_FIELDS))
+    SEEN.clear()
+    _, (batch_stats, _) = loss_fn(PARAMS, {"seen": jnp.float32(100)}, BATCH, keys())
+    ((x, _),) = SEEN
+    rows = {"clean": slice(8, 16), "noised": slice(0, 8), "both": slice(0, 16)}[classify]
+    np.testing.assert_allclose(batch_stats["seen"], 100 + x[rows].sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.001, 1.0, 10.0])
 def test_lambda_scales_the_classifiers_term_alone(weight):
     found = evaluate(joint_loss(weight=weight))
@@ -212,7 +232,7 @@ def test_lambda_scales_the_classifiers_term_alone(weight):
 
 
 def gradient(loss_fn, params=PARAMS, batch=BATCH):
-    return jax.grad(lambda params: loss_fn(params, batch, keys())[0])(params)
+    return jax.grad(lambda params: loss_fn(params, {}, batch, keys())[0])(params)
 
 
 def test_unlabelled_rows_change_nothing_for_the_classifier():

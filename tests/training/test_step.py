@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jdm.training.step import STREAMS, TrainState, ema_decay, step_keys, train_step
+from jdm.training.step import STREAMS, TrainState, average, ema_decay, step_keys, train_step
 
 ROOT = jax.random.key(3)
 
@@ -45,35 +45,48 @@ def test_keys_follow_from_the_root_and_the_step_alone():
     [(0, 0.999, 0.1), (1, 0.999, 2 / 11), (90, 0.999, 0.91), (10**6, 0.999, 0.999), (90, 0.5, 0.5)],
 )
 def test_ema_decay_is_short_at_first(step, decay, expected):
-    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay), expected, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay, True), expected, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay, False), decay, rtol=1e-6)
 
 
-def quadratic(params, batch, keys):
-    """Half the squared distance to the batch's target, which has the gradient params - target."""
+def test_the_average_of_a_counter_is_the_counter():
+    old = {"mean": jnp.float32(1), "count": jnp.int32(7)}
+    new = average(old, {"mean": jnp.float32(5), "count": jnp.int32(8)}, jnp.float32(0.75))
+    assert (new["mean"], new["count"], new["count"].dtype) == (2, 8, jnp.int32)
+
+
+def quadratic(params, batch_stats, batch, keys):
+    """Half the squared distance to the batch's target, which has the gradient params - target.
+
+    Its statistic is the last loss.
+    """
     loss = 0.5 * ((params["w"] - batch["target"]) ** 2).sum()
-    return loss, {"loss": (loss, jnp.ones(()))}
+    return loss, ({"last": loss} if batch_stats else {}, {"loss": (loss, jnp.ones(()))})
 
 
-def start(optimiser, w) -> TrainState:
+def start(optimiser, w, batch_stats) -> TrainState:
     params = {"w": jnp.asarray(w, jnp.float32)}
-    return TrainState(jnp.int32(0), params, params, optimiser.init(params))
+    weights = {"params": params, "batch_stats": batch_stats}
+    return TrainState(jnp.int32(0), **weights, ema=weights, optimiser=optimiser.init(params))
 
 
 def test_three_steps_of_gradient_descent_and_of_the_moving_average():
     optimiser, target = optax.sgd(0.5), np.array([1.0, -2.0])
-    state = start(optimiser, [0.0, 4.0])
-    w, ema = np.array([0.0, 4.0]), np.array([0.0, 4.0])
+    state = start(optimiser, [0.0, 4.0], {"last": jnp.float32(0)})
+    w, ema, last = np.array([0.0, 4.0]), np.array([0.0, 4.0]), 0.0
     for t in range(3):
         gradient = w - target
         w = w - 0.5 * gradient
         keep = min(0.15, (1 + t) / (10 + t))  # 0.1 at first, then 0.15
         ema = keep * ema + (1 - keep) * w
         batch = {"target": jnp.asarray(target, jnp.float32)}
-        state, averages = train_step(
-            state, batch, ROOT, loss_fn=quadratic, optimiser=optimiser, decay=0.15
-        )
+        settings = dict(loss_fn=quadratic, optimiser=optimiser, decay=0.15, warmup=True)
+        state, averages = train_step(state, batch, ROOT, **settings)
         np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
-        np.testing.assert_allclose(state.ema["w"], ema, rtol=1e-5)
+        np.testing.assert_allclose(state.ema["params"]["w"], ema, rtol=1e-5)
+        last = keep * last + (1 - keep) * averages["loss"][0]
+        assert state.batch_stats["last"] == averages["loss"][0]
+        np.testing.assert_allclose(state.ema["batch_stats"]["last"], last, rtol=1e-5)
         assert state.step == t + 1
         norm, count = averages["gradient_norm"]
         np.testing.assert_allclose(norm / count, np.linalg.norm(gradient), rtol=1e-6)
@@ -83,16 +96,15 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
 def test_the_loss_is_given_the_keys_of_its_step():
     given = []
 
-    def loss_fn(params, batch, keys):
+    def loss_fn(params, batch_stats, batch, keys):
         given.append({name: bits(key) for name, key in keys.items()})
-        return quadratic(params, batch, keys)
+        return quadratic(params, batch_stats, batch, keys)
 
     optimiser = optax.sgd(0.1)
-    state = start(optimiser, [0.0])
+    state = start(optimiser, [0.0], {})
+    settings = dict(loss_fn=loss_fn, optimiser=optimiser, decay=0.9, warmup=True)
     for _ in range(3):
-        state, _ = train_step(
-            state, {"target": jnp.ones(1)}, ROOT, loss_fn=loss_fn, optimiser=optimiser, decay=0.9
-        )
+        state, _ = train_step(state, {"target": jnp.ones(1)}, ROOT, **settings)
     for step, keys in enumerate(given):
         expected = step_keys(ROOT, jnp.int32(step))
         assert keys == {name: bits(key) for name, key in expected.items()}
@@ -114,6 +126,7 @@ def trained(tiny_run):
 def test_a_run_starts_at_step_zero_with_the_average_equal_to_the_weights(tiny_run):
     state = tiny_run.start()
     assert state.step == 0 and state.step.dtype == jnp.int32
+    assert state.batch_stats == {} == state.ema["batch_stats"]
     for param, ema in zip(leaves(state.params), leaves(state.ema), strict=True):
         np.testing.assert_array_equal(param, ema)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (state, tiny_run.run.state))
