@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
-    "data.name": ("digits",),
+    "data.name": ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "celeba", "malaria"),
 }
 
 _POSITIVE = (lambda v: v > 0, "positive")
@@ -72,9 +72,11 @@ class ConfigError(ValueError):
 
 
 def names() -> list[str]:
-    """The configs that can be asked for by name."""
-    found = (module.name for module in pkgutil.iter_modules(jdm.configs.__path__))
-    return sorted(name for name in found if name != "base")
+    """The configs that can be asked for by name; those of a sub-folder as "folder/name"."""
+    prefix = f"{jdm.configs.__name__}."
+    found = pkgutil.walk_packages(jdm.configs.__path__, prefix)
+    files = (module.name.removeprefix(prefix) for module in found if not module.ispkg)
+    return sorted(name.replace(".", "/") for name in files if name != "base")
 
 
 def load(name: str, overrides: list[str] = ()) -> ConfigDict:
@@ -109,7 +111,7 @@ def _read(name: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     elif name in names():
-        module = importlib.import_module(f"jdm.configs.{name}")
+        module = importlib.import_module(f"jdm.configs.{name.replace('/', '.')}")
     else:
         raise ConfigError(
             f"--config={name} is unknown; known: {', '.join(names())}, or the path of a .py file"
