@@ -4,8 +4,8 @@
 
 What `make demo` runs, and what docs/results.md was measured with. Protocol: config `digits`;
 accuracy on the test split (360 images). For each guidance, 500 samples, 50 of each class, with its
-default scale and the settings below, at seeds 1000 to 1499, which nothing was tuned on. The lower of
-two judges fitted on the training pixels counts (jdm.analysis.metrics).
+default scale and the settings below, at seeds 1000 to 1499, which nothing was tuned on. The lower
+of two judges fitted on the training pixels counts (jdm.analysis.metrics).
 """
 
 import argparse

@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
                 learned_variance=False,
                 resample="conv",
                 attention_order="head_first",
-                head_width=128,
+                head="normalised",
+                head_time="raw",  # what the head is told of the time: its own, or "zero" always
+                head_width=128,  # of the hidden layer; the published head has its own
                 head_dropout=0.3,
                 dtype="float32",
                 remat=False,  # blocks computed again for the gradient: less memory, more time
@@ -61,6 +63,7 @@ def get_config() -> ConfigDict:
                 ema_decay=0.999,
                 t_sampler="uniform",  # how noise levels are drawn; or "loss_second_moment"
                 accumulate=1,  # parts that a batch is taken in, where it does not fit in memory
+                ema_warmup=True,  # a shorter memory in the first steps
             ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),

@@ -2,7 +2,7 @@
 
 Owns `<workdir>/checkpoints/` and all that is written there:
 
-    checkpoints/<step>/weights/          EMA parameters (and batch statistics), a pytree
+    checkpoints/<step>/weights/          EMA of {params, batch_stats}, a pytree
                        train_state/      step, parameters, optimiser state, ..., a pytree
                        data/             position of the input pipeline, JSON
                        config/           the resolved config, JSON

@@ -108,12 +108,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """jdm eval"""
     use_compilation_cache()
     from jdm.analysis.evaluate import classification
-    from jdm.data.datasets import dataset
+    from jdm.data.datasets import available
     from jdm.data.pipeline import DataError, load_split
 
     joint = _load(arguments.checkpoint)
     name = joint.config.data.name
-    splits = dataset(name).splits
+    try:
+        splits = available(name).splits
+    except ValueError as error:
+        raise UsageError(f"--checkpoint={arguments.checkpoint}: config.{error}") from error
     if arguments.split not in splits:
         raise UsageError(f"--split={arguments.split} is unknown; {name} has {', '.join(splits)}")
     data_dir = arguments.data_dir or joint.config.data.dir

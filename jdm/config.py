@@ -24,6 +24,8 @@ from jdm.configs import base
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.resample": ("conv", "resblock"),
     "model.attention_order": ("head_first", "qkv_first"),
+    "model.head": ("normalised", "published"),
+    "model.head_time": ("raw", "zero"),
     "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": ("linear", "linear_ddpm", "cosine"),
     "diffusion.prediction": ("eps", "x0", "v", "previous"),
@@ -33,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.classify": ("clean", "noised", "both"),
     "optim.schedule": ("constant", "cosine"),
     "train.t_sampler": ("uniform", "loss_second_moment"),
-    "data.name": ("digits",),
+    "data.name": ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "celeba", "malaria"),
 }
 
 _POSITIVE = (lambda v: v > 0, "positive")
@@ -82,9 +84,11 @@ class ConfigError(ValueError):
 
 
 def names() -> list[str]:
-    """The configs that can be asked for by name."""
-    found = (module.name for module in pkgutil.iter_modules(jdm.configs.__path__))
-    return sorted(name for name in found if name != "base")
+    """The configs that can be asked for by name; those of a sub-folder as "folder/name"."""
+    prefix = f"{jdm.configs.__name__}."
+    found = pkgutil.walk_packages(jdm.configs.__path__, prefix)
+    files = (module.name.removeprefix(prefix) for module in found if not module.ispkg)
+    return sorted(name.replace(".", "/") for name in files if name != "base")
 
 
 def load(name: str, overrides: list[str] = ()) -> ConfigDict:
@@ -119,7 +123,7 @@ def _read(name: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     elif name in names():
-        module = importlib.import_module(f"jdm.configs.{name}")
+        module = importlib.import_module(f"jdm.configs.{name.replace('/', '.')}")
     else:
         raise ConfigError(
             f"--config={name} is unknown; known: {', '.join(names())}, or the path of a .py file"
@@ -210,6 +214,14 @@ def check(config: ConfigDict, where: str) -> None:
         raise ConfigError(
             f"config.data.batch_size={values['data.batch_size']} does not divide by "
             f"config.train.accumulate={values['train.accumulate']}"
+        )
+    if values["model.head"] == "published" and (
+        values["data.batch_size"] // values["train.accumulate"] < 2
+    ):
+        raise ConfigError(
+            f"config.data.batch_size={values['data.batch_size']} over "
+            f"config.train.accumulate={values['train.accumulate']} is too few for "
+            "config.model.head='published', which normalises over the batch; 2 or more are allowed"
         )
 
 

@@ -25,11 +25,11 @@ from jdm.mesh import make_mesh, replicated
 from jdm.nn.model import JointModel, check_shape
 
 
-def make_network(model: JointModel, diffusion: Diffusion, params: Any) -> Network:
+def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Network:
     """The three functions that guidance and samplers see of a model with its weights."""
 
     def apply(method, *args):
-        return model.apply({"params": params}, *args, method=method)
+        return model.apply(weights, *args, method=method)
 
     return Network(
         encode=functools.partial(apply, "encode"),
@@ -39,14 +39,14 @@ def make_network(model: JointModel, diffusion: Diffusion, params: Any) -> Networ
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _denoise(model, diffusion, params, xt, t):
-    network = make_network(model, diffusion, params)
+def _denoise(model, diffusion, weights, xt, t):
+    network = make_network(model, diffusion, weights)
     return network.decode(network.encode(xt, t), xt, t).eps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(model, diffusion, params, x, t):
-    network = make_network(model, diffusion, params)
+def _logits(model, diffusion, weights, x, t):
+    network = make_network(model, diffusion, weights)
     return network.classify(network.encode(x, t), t)
 
 
@@ -54,24 +54,30 @@ def _logits(model, diffusion, params, x, t):
 class Joint:
     """A joint model, its diffusion and its weights.
 
-    config: the resolved config it was trained with. params: the moving average of the weights.
+    config: the resolved config it was trained with. weights: {"params", "batch_stats"}, the moving
+    average of the parameters and of the head's running statistics ({} where it keeps none).
     """
 
     config: ConfigDict
     model: JointModel
     diffusion: Diffusion
-    params: Any = dataclasses.field(repr=False)
+    weights: Any = dataclasses.field(repr=False)
 
     def denoise(self, xt: Float[Array, "b h w c"], t: Int[Array, " b"]) -> Float[Array, "b h w c"]:
         """The noise estimate [B, H, W, C] for xt at noise level t, int32 [B] in [0, T)."""
-        return _denoise(self.model, self.diffusion, self.params, xt, t)
+        return _denoise(self.model, self.diffusion, self.weights, xt, t)
 
     def logits(
         self, x: Float[Array, "b h w c"], t: Int[Array, " b"] | int = 0
     ) -> Float[Array, "b k"]:
         """Logits [B, K] for x at noise level t. t = 0 is what "the class of an image" means."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x.shape[:1])
-        return _logits(self.model, self.diffusion, self.params, x, t)
+        return _logits(self.model, self.diffusion, self.weights, x, t)
+
+    @property
+    def params(self) -> Any:
+        """The parameters alone."""
+        return self.weights["params"]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,17 +99,18 @@ def load(path: str | os.PathLike, step: int | None = None) -> Joint:
     step = checkpoint.newest(workdir) if step is None else step
     config = configs.from_dict(checkpoint.read_config(workdir, step))
     model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
-    target = abstract_params(model, replicated(make_mesh()))
+    target = abstract_weights(model, replicated(make_mesh()))
     return Joint(
         config, model, diffusion, checkpoint.restore(workdir, step, weights=target)["weights"]
     )
 
 
-def abstract_params(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes, dtypes and sharding of the model's parameters."""
+def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
+    """Shapes, dtypes and sharding of the model's {params, batch_stats}."""
     check_shape(model)
     x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))
+    shapes = {"batch_stats": {}, **shapes}
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 

@@ -146,7 +146,7 @@ def sample(
                 joint.model,
                 joint.diffusion,
                 static,
-                joint.params,
+                joint.weights,
                 *batch,
                 settings["scale"],
             )
@@ -190,10 +190,10 @@ def check(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, diffusion, settings, params, seeds, labels, scale):
+def _generate(model, diffusion, settings, weights, seeds, labels, scale):
     """uint8 images of one batch: the one program of a (shape, sampler, steps, guidance)."""
     sampler, steps, guidance, eta, clip = settings
-    eps_fn = GUIDANCE[guidance](make_network(model, diffusion, params), diffusion, labels, scale)
+    eps_fn = GUIDANCE[guidance](make_network(model, diffusion, weights), diffusion, labels, scale)
     keys = jax.vmap(jax.random.key)(seeds)
     shape = (model.image_size, model.image_size, model.image_channels)
     x = run_sampler(

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jdm import checkpoint
 from jdm import config as configs
 from jdm.analysis.evaluate import classification
-from jdm.data.datasets import dataset
+from jdm.data.datasets import available, dataset
 from jdm.data.labels import hide_labels
 from jdm.data.pipeline import BatchIterator, load_split, train_batches
 from jdm.files import write_whole
@@ -43,6 +43,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     started = time.monotonic()
     workdir = Path(workdir)
     mesh = make_mesh()
+    if not dry_run:
+        _check_available(config.data.name)
     run = prepare(config, mesh)
     claim(config, workdir, write=not dry_run)
     root = jax.random.key(config.seed)
@@ -231,6 +233,13 @@ def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
     print(f"compiled in {time.monotonic() - started:.0f} s{needs}", flush=True)
     return compiled
+
+
+def _check_available(name: str) -> None:
+    try:
+        available(name)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> None:

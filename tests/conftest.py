@@ -31,7 +31,7 @@ os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {FAST_COMPILE}".strip()
 def _source_hash() -> str:
     """Of all that a trained model depends on: a changed line anywhere trains it anew."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("jdm/**/*.py"), *ROOT.glob("configs/*.py")]):
+    for path in sorted([*ROOT.glob("jdm/**/*.py"), *ROOT.glob("configs/**/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

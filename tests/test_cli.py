@@ -76,6 +76,10 @@ def test_train_sample_eval(tmp_path):
             "config.diffusion.schedule='exp' is unknown; known: linear, linear_ddpm, cosine",
         ),
         (["train", "--config=tiny", "--workdir=w", "--config.data.name=mnits"], "known: digits"),
+        (
+            ["train", "--config=reference/cifar10", "--workdir=w"],
+            "config.data.name='cifar10' is not available yet; available: digits",
+        ),
         (["train", "--config=tiny", "--workdir=w", "--dryrun"], "--dryrun"),
         (["train", "--config=tiny", "--workdir=w", "--config.train.steps"], "needs a value"),
         (["train", "--config=tiny", "--workdir=w", "--config.model.attention=(3,)"], "asks for 3"),

@@ -16,6 +16,7 @@ from jdm.configs import base
 from jdm.data.datasets import DATASETS
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
 from jdm.mesh import by_row, make_mesh, replicated
+from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.trainer import abstract_batch
@@ -23,6 +24,7 @@ from jdm.training import build
 from jdm.training.loss import CLASSIFY, KINDS, TERMS
 from jdm.training.t_sampler import T_SAMPLERS
 
+ROOT = Path(__file__).parent.parent
 NAME = "tiny"  # any config will do where its values do not matter
 KEYS = flatten(base.get_config())
 
@@ -50,11 +52,34 @@ def write(path, *lines: str) -> str:
     return str(path)
 
 
+# Parameters of the published network and head; those of CelebA are of the same formulas.
+PUBLISHED = {
+    "reference/cifar10": [52_542_979, 6_922_892],
+    "reference/fashion_mnist": [8_799_105, 915_276],
+    "reference/celeba": [30_301_763, 3_505_706],
+}
+
+
+def header(name: str) -> str:
+    """The docstring of a config that was loaded."""
+    return sys.modules[f"jdm.configs.{name.replace('/', '.')}"].__doc__
+
+
 # The configs there are.
 
 
-@pytest.mark.parametrize("name", [*configs.names(), "several labels"])
-def test_every_named_config_builds_and_has_a_loss(name):
+def network_of(name: str) -> tuple:
+    """The sizes of a config's network, by which all configs with the same one are alike."""
+    model = flatten(configs.load(name).model)
+    return tuple(value for key, value in model.items() if key != "num_classes")
+
+
+# One config for each network there is.
+NETWORKS = {network_of(name): name for name in reversed(configs.names())}.values()
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "several labels"])
+def test_every_network_builds_and_has_a_loss(name):
     """Shapes only: nothing is computed and nothing compiled."""
     several = name == "several labels"
     config = load("model.multi_label=True", "train.accumulate=2") if several else configs.load(name)
@@ -63,6 +88,11 @@ def test_every_named_config_builds_and_has_a_loss(name):
     assert batch["label"].shape == ((16, 10) if several else (config.data.batch_size,))
     _, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
     assert averages["loss"][0].shape == ()
+    if name in PUBLISHED:
+        params = run.state.params
+        counts = [sum(x.size for x in jax.tree.leaves(params[part])) for part in ("unet", "head")]
+        assert counts == PUBLISHED[name]
+        assert "{:,} + {:,} parameters".format(*counts) in header(name)
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -73,13 +103,15 @@ def test_every_named_config_fits_its_data_and_begins_with_its_command(name):
         facts.channels,
     )
     assert config.model.num_classes == facts.num_classes
-    module = sys.modules[f"jdm.configs.{name}"]
-    assert f"jdm train --config={name} " in module.__doc__
+    assert f"jdm train --config={name} " in header(name)
 
 
 def test_names_are_the_files_beside_base():
     assert "base" not in configs.names() and NAME in configs.names()
     assert configs.names() == sorted(configs.names())
+    folder = {path.stem for path in (ROOT / "configs" / "reference").glob("[!_]*.py")}
+    assert {name for name in configs.names() if "/" in name} == {f"reference/{n}" for n in folder}
+    assert {"cifar10", "cifar100", "svhn", "fashion_mnist", "celeba", "malaria"} <= folder
 
 
 def test_an_unknown_config_is_one_sentence_that_lists_the_known():
@@ -290,6 +322,12 @@ def test_a_batch_divides_by_the_parts_it_is_taken_in():
     assert load("data.batch_size=15", "train.accumulate=3").train.accumulate == 3
 
 
+def test_a_head_that_normalises_over_the_batch_needs_two_rows():
+    sentence = refused("model.head=published", "data.batch_size=1")
+    assert "config.data.batch_size=1" in sentence and "config.model.head='published'" in sentence
+    assert load("data.batch_size=1").data.batch_size == 1
+
+
 # What it is held together with.
 
 
@@ -297,6 +335,8 @@ def test_choices_are_the_names_beside_the_functions():
     known = {
         "model.resample": RESAMPLES,
         "model.attention_order": ATTENTION_ORDERS,
+        "model.head": HEADS,
+        "model.head_time": HEAD_TIMES,
         "model.dtype": DTYPES,
         "diffusion.schedule": SCHEDULES,
         "diffusion.prediction": PREDICTIONS,

@@ -19,8 +19,9 @@ def images():
 
 
 def test_load_takes_the_averages(tiny, joint):
-    saved = checkpoint.restore(tiny, 4, weights=jax.tree.map(abstract, joint.params))["weights"]
-    jax.tree.map(np.testing.assert_array_equal, joint.params, saved)
+    saved = checkpoint.restore(tiny, 4, weights=jax.tree.map(abstract, joint.weights))["weights"]
+    jax.tree.map(np.testing.assert_array_equal, joint.weights, saved)
+    assert joint.params is joint.weights["params"] and joint.weights["batch_stats"] == {}
     assert joint.config.model.channels == 8 and joint.diffusion.steps == 50
 
 

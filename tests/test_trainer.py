@@ -28,6 +28,7 @@ def leaves(workdir, step):
     target = {
         "step": run.state.step,
         "params": run.state.params,
+        "batch_stats": run.state.batch_stats,
         "optimiser": run.state.optimiser,
     }
     items = checkpoint.restore(workdir, step, weights=run.state.ema, train_state=target)

@@ -26,7 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from jdm.data.datasets import dataset
+from jdm.data.datasets import available, dataset
 
 Batch = dict[str, np.ndarray]
 
@@ -64,7 +64,7 @@ def load_split(
 
     Raises ValueError for an unknown name or split, DataError for files that cannot be read.
     """
-    entry = dataset(name)
+    entry = available(name)
     if split not in entry.splits:
         raise ValueError(
             f"data.split is {split!r}, but {name} has only the splits {', '.join(entry.splits)}."

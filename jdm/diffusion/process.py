@@ -43,6 +43,26 @@ class Estimate(NamedTuple):
     log_variance: Images | None = None
 
 
+class Level(NamedTuple):
+    """A noise level: abar, and noise = 1 - abar, each to the last digit it has room for.
+
+    Near the image 1 - abar would lose a thousandth of itself if it were taken in float32.
+    """
+
+    abar: Array
+    noise: Array
+
+    @classmethod
+    def of(cls, abar: np.ndarray | float) -> "Level":
+        """The levels of abar in float64, as float32."""
+        return cls(jnp.asarray(abar, jnp.float32), jnp.asarray(1 - abar, jnp.float32))
+
+
+def _beta(at_t: Level, at_s: Level) -> Array:
+    """1 - abar_t / abar_s, of the step from s to t, with its digits at either end of the chain."""
+    return at_t.noise - at_s.noise * (at_t.abar / at_s.abar)
+
+
 def _linear(first: float, last: float) -> Callable[[int], np.ndarray]:
     """Betas from first·s to last·s, s = 1000/T, so that any T ends at about the same abar."""
 
@@ -177,6 +197,11 @@ class Diffusion:
         """(sqrt(abar_t), sqrt(1 - abar_t))."""
         return self.at(np.sqrt(self.abar), t), self.at(np.sqrt(1 - self.abar), t)
 
+    def levels(self, t: Times) -> tuple[Level, Level]:
+        """The levels at t and at t - 1, which is the clean image at t = 0; [B, 1, 1, 1]."""
+        before = np.append(1.0, self.abar[:-1])
+        return tuple(Level(self.at(x, t), self.at(1 - x, t)) for x in (self.abar, before))
+
     def posterior_scales(self, t: Times) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
         """(c, d) of the mean c x_0 + d x_t of (2) for s = t - 1; (1, 0) at t = 0."""
         abar_prev = np.append(1.0, self.abar[:-1])
@@ -236,26 +261,29 @@ class Diffusion:
 
     # The reverse step and the bound.
 
-    def posterior_mean(self, x0: Images, xt: Images, abar_t, abar_s) -> Images:
-        """Mean of q(x_s | x_t, x_0) for any s < t (2); abar_s = 1 is the clean image.
+    def posterior_mean(self, x0: Images, xt: Images, at_t: Level, at_s: Level) -> Images:
+        """Mean of q(x_s | x_t, x_0) for any s < t (2); s may be the clean image, of abar 1.
 
-        abar_t, abar_s: broadcast against the images.
+        at_t, at_s: broadcast against the images.
         """
-        beta = 1 - abar_t / abar_s
+        beta = _beta(at_t, at_s)
         return (
-            jnp.sqrt(abar_s) * beta / (1 - abar_t) * x0
-            + jnp.sqrt(abar_t / abar_s) * (1 - abar_s) / (1 - abar_t) * xt
+            jnp.sqrt(at_s.abar) * beta / at_t.noise * x0
+            + jnp.sqrt(at_t.abar / at_s.abar) * at_s.noise / at_t.noise * xt
         )
 
-    def log_variance(self, estimate: Estimate, t: Times, abar_t, abar_s) -> Array:
+    def step_variance(self, at_t: Level, at_s: Level) -> Array:
+        """Variance of q(x_s | x_t, x_0) (2); 0 where s is the clean image."""
+        return _beta(at_t, at_s) * at_s.noise / at_t.noise
+
+    def log_variance(self, estimate: Estimate, t: Times, at_t: Level, at_s: Level) -> Array:
         """Log variance of the reverse step from t to s, fixed or as the network estimates it.
 
         For s = t - 1 these are the tables; for a longer step the same formulas over the shorter
         chain, with a learned variance keeping its place between the two ends (4).
         """
-        beta = 1 - abar_t / abar_s
-        high = jnp.log(beta)
-        low = jnp.log(jnp.maximum(beta * (1 - abar_s) / (1 - abar_t), 1e-20))
+        high = jnp.log(_beta(at_t, at_s))
+        low = jnp.log(jnp.maximum(self.step_variance(at_t, at_s), 1e-20))
         if estimate.log_variance is not None:
             one_low = self.at(self.small_log_variance, t)
             # In float64: at the noisy end of a long chain the two are equal in float32.
@@ -269,15 +297,13 @@ class Diffusion:
 
         The decoder at t = 0 is a Gaussian integrated over each of the 256 pixel bins.
         """
-        abar_t = self.at(self.abar, t)
-        abar_s = self.at(np.append(1.0, self.abar[:-1]), t)
         x0_estimate = self.x0_from_eps(xt, t, estimate.eps)
-        mean = self.posterior_mean(x0_estimate, xt, abar_t, abar_s)
+        mean = self.posterior_mean(x0_estimate, xt, *self.levels(t))
         log_variance = estimate.log_variance
         if log_variance is None:
             fixed = {"fixed_small": self.small_log_variance, "fixed_large": self.large_log_variance}
             log_variance = self.at(fixed[self.variance], t)
-        true_mean = self.posterior_mean(x0, xt, abar_t, abar_s)
+        true_mean = self.posterior_mean(x0, xt, *self.levels(t))
         true_log_variance = self.at(self.small_log_variance, t)
         divergence = 0.5 * (
             log_variance

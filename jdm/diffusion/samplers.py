@@ -17,19 +17,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from jdm.diffusion.process import Diffusion, Estimate, Images, pick
+from jdm.diffusion.process import Diffusion, Estimate, Images, Level, pick
 
 EpsFn = Callable[[Images, Int[Array, " b"]], Estimate]
 
 
 class Position(NamedTuple):
-    """Where a step goes: from t to a less noisy time, by their abar (1 is the clean image)."""
+    """Where a step goes: from t, at its level, to a less noisy one (abar 1 is the clean image)."""
 
     t: Int[Array, " b"]
-    abar_t: Float[Array, ""]
-    abar_s: Float[Array, ""]
+    at_t: Level
+    at_s: Level
 
 
 def ancestral(diffusion: Diffusion, eta: float) -> Callable:
@@ -37,23 +37,21 @@ def ancestral(diffusion: Diffusion, eta: float) -> Callable:
     del eta
 
     def step(x, x0, estimate, position, draw):
-        t, abar_t, abar_s = position
-        mean = diffusion.posterior_mean(x0, x, abar_t, abar_s)
-        deviation = jnp.exp(0.5 * diffusion.log_variance(estimate, t, abar_t, abar_s))
-        return jnp.where(abar_s < 1, mean + deviation * draw(), mean)
+        mean = diffusion.posterior_mean(x0, x, position.at_t, position.at_s)
+        deviation = jnp.exp(0.5 * diffusion.log_variance(estimate, *position))
+        return jnp.where(position.at_s.noise > 0, mean + deviation * draw(), mean)
 
     return step
 
 
 def ddim(diffusion: Diffusion, eta: float) -> Callable:
     """(8): deterministic at eta = 0, as noisy as the posterior at eta = 1."""
-    del diffusion
 
     def step(x, x0, estimate, position, draw):
-        _, abar_t, abar_s = position
-        sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
-        direction = jnp.sqrt(jnp.maximum(1 - abar_s - sigma**2, 0)) * estimate.eps
-        x = jnp.sqrt(abar_s) * x0 + direction
+        _, at_t, at_s = position
+        sigma = eta * jnp.sqrt(diffusion.step_variance(at_t, at_s))
+        direction = jnp.sqrt(jnp.maximum(at_s.noise - sigma**2, 0)) * estimate.eps
+        x = jnp.sqrt(at_s.abar) * x0 + direction
         return x + sigma * draw() if eta else x
 
     return step
@@ -122,12 +120,11 @@ def sample(
     """
     step = SAMPLERS[pick("sampler", sampler, SAMPLERS)](diffusion, eta)
     times = timesteps(diffusion.steps, steps)
-    abar_t = diffusion.abar[times]
-    abar_s = np.append(abar_t[1:], 1.0)
-    xs = (times, abar_t.astype(np.float32), abar_s.astype(np.float32))
+    abar = np.append(diffusion.abar[times], 1.0)
+    xs = (times, Level.of(abar[:-1]), Level.of(abar[1:]))
 
     def body(x, at):
-        time, abar_t, abar_s = at
+        time, at_t, at_s = at
         t = jnp.full(x.shape[:1], time)
         estimate = eps_fn(x, t)
         x0 = diffusion.x0_from_eps(x, t, estimate.eps)
@@ -135,7 +132,7 @@ def sample(
             x0 = jnp.clip(x0, -1, 1)
             estimate = estimate._replace(eps=diffusion.eps_from_x0(x, t, x0))
         draw = functools.partial(image_noise, keys, time, shape)
-        return step(x, x0, estimate, Position(t, abar_t, abar_s), draw), None
+        return step(x, x0, estimate, Position(t, at_t, at_s), draw), None
 
     start = image_noise(keys, diffusion.steps, shape)  # T: an index that no step uses
     return jax.lax.scan(body, start, xs)[0]

@@ -1,7 +1,7 @@
 """The joint model: one encoder, read by a decoder and by a classifier.
 
-Owns the classifier's head and the four functions everything else is built from: `encode`,
-`decode`, `classify`, `predict`. Does not own what the raw output means (jdm.diffusion does).
+Owns the four functions everything else is built from: `encode`, `decode`, `classify`, `predict`.
+Does not own what the raw output means (jdm.diffusion does), nor the layers (unet, heads).
 """
 
 from collections.abc import Sequence
@@ -10,32 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES, Features, UNet, level_sizes
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
-
-
-class ClassifierHead(nn.Module):
-    """Logits from the spatial means of every representation, meaningful at every noise level.
-
-    Each block's mean is normalised on its own, so that no block drowns the others; the time
-    enters through the embedding the blocks share, never as a raw number; nothing depends on the
-    batch. Computes in float32.
-    """
-
-    num_classes: int
-    width: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, features: Features, embedding: Float[Array, "b d"], train: bool):
-        pooled = [z.astype(jnp.float32).mean(axis=(1, 2)) for z in (features.mid, *features.skips)]
-        h = jnp.concatenate([nn.LayerNorm()(z) for z in pooled], axis=-1)
-        h = nn.Dense(self.width, name="in")(h)
-        h = h + nn.Dense(self.width, name="time")(nn.silu(embedding.astype(jnp.float32)))
-        h = nn.silu(nn.LayerNorm(name="norm")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Dense(self.num_classes, name="out")(h)
 
 
 class JointModel(nn.Module):
@@ -43,9 +21,13 @@ class JointModel(nn.Module):
 
     image_size, image_channels: of the images [B, S, S, C]. num_classes: K. multi_label: whether the
     K logits are of K answers, yes or no, and not of one class among K; the network is the same. The
-    rest of its shape is described at `UNet`. learned_variance doubles the output channels.
-    head_width, head_dropout: of the classifier. dtype: "float32" or "bfloat16", of the
-    computation; parameters are float32 either way.
+    rest of its shape is described at `UNet`. learned_variance doubles the output channels. head:
+    one of HEADS; head_width, head_dropout: its hidden layer (where it has no width of its own) and
+    dropout; head_time: the time it is given, one of HEAD_TIMES. dtype: "float32" or "bfloat16", of
+    the computation; parameters are float32 either way.
+
+    Where the head keeps batch statistics, they are the collection batch_stats, which changes in
+    `classify` alone.
 
     Raises ValueError, naming the config key, for sizes that do not fit together.
     """
@@ -63,6 +45,8 @@ class JointModel(nn.Module):
     learned_variance: bool
     resample: str
     attention_order: str
+    head: str
+    head_time: str
     head_width: int
     head_dropout: float
     dtype: str
@@ -84,7 +68,9 @@ class JointModel(nn.Module):
             attention_order=self.attention_order,
             remat=self.remat,
         )
-        self.head = ClassifierHead(self.num_classes, self.head_width, self.head_dropout)
+        self.classifier = HEADS[self.head](
+            self.num_classes, self.head_width, self.head_dropout, name="head"
+        )
 
     def encode(
         self,
@@ -106,7 +92,8 @@ class JointModel(nn.Module):
         self, features: Features, t: Int[Array, " b"], train: bool = False
     ) -> Float[Array, "b k"]:
         """Logits, float32 [B, K], of representations that were encoded at noise level t."""
-        return self.head(features, self.unet.embed(t), train)
+        t = HEAD_TIMES[self.head_time](t)
+        return self.classifier(features, t, self.unet.embed(t), train)
 
     def predict(
         self, x: Float[Array, "b h w c"], t: Int[Array, " b"], train: bool = False
@@ -139,6 +126,8 @@ def check_shape(model: JointModel) -> None:
     for key, known in (
         ("resample", RESAMPLES),
         ("attention_order", ATTENTION_ORDERS),
+        ("head", HEADS),
+        ("head_time", HEAD_TIMES),
         ("dtype", DTYPES),
     ):
         if getattr(model, key) not in known:

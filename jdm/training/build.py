@@ -120,6 +120,7 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
         t_sampler=t_sampler,
         optimiser=optimiser,
         decay=config.train.ema_decay,
+        warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,
     )
     # The init runs once; on a CPU, optimising it takes longer than all else about it.

@@ -15,7 +15,7 @@ Owns what the network is asked at each step. Does not know optimisers.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,15 +157,16 @@ class JointLoss:
         return Rows(x0, t, eps, label, counts / len(t), class_share)
 
     def __call__(
-        self, params, rows: Rows, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], tuple[dict[str, Average], Float[Array, " b"]]]:
-        """(what the rows add to L, (averages, the diffusion term of each row)).
+        self, params, batch_stats, rows: Rows, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Any, dict[str, Average], Float[Array, " b"]]]:
+        """(what the rows add to L, (batch_stats, averages, the diffusion term of each row)).
 
-        key: of the dropout. The averages are pairs (sum, count). A term that is left out has none,
-        and is 0.
+        batch_stats: the head's, as they were and as they are after these rows. key: of the dropout.
+        The averages are pairs (sum, count). A term that is left out has none, and is 0.
         """
         xt = self.diffusion.q_sample(rows.x0, rows.t, rows.eps)
-        raw, logits = self._network(params, rows, xt, key)
+        weights = {"params": params, "batch_stats": batch_stats}
+        raw, logits, batch_stats = self._network(weights, rows, xt, key)
         loss, term, averages = jnp.zeros(()), jnp.zeros(rows.t.shape), {}
         if raw is not None:
             term, error = self._diffusion_term(raw, rows, xt)
@@ -178,17 +179,17 @@ class JointLoss:
             loss += (share * entropy).sum()  # (9)
             averages["cross_entropy"] = entropy.sum(), labelled.sum()
             averages["accuracy"] = correct.sum(), labelled.sum()
-        return loss, (averages, term)
+        return loss, (batch_stats, averages, term)
 
-    def _network(self, params, rows, xt, key):
-        """(raw output at (xt, t), logits of the halves that are classified, noised first).
+    def _network(self, weights, rows, xt, key):
+        """(raw output at (xt, t), logits of the halves that are classified, the next batch_stats).
 
-        One encoder pass over what the terms need; None for what they do not.
+        One encoder pass over what the terms need, the noised half first; None for what they do not.
         """
 
-        def apply(method, *args):
+        def apply(method, *args, **options):
             return self.model.apply(
-                {"params": params}, *args, train=True, method=method, rngs={"dropout": key}
+                weights, *args, train=True, method=method, rngs={"dropout": key}, **options
             )
 
         decoded = {"noised"} if self.terms != "classifier" else set()
@@ -209,9 +210,11 @@ class JointLoss:
 
         if decoded:
             raw = apply("decode", *of(decoded))
+        batch_stats = weights["batch_stats"]
         if classified:
-            logits = apply("classify", *of(classified))
-        return raw, logits
+            logits, updated = apply("classify", *of(classified), mutable=["batch_stats"])
+            batch_stats = updated["batch_stats"]
+        return raw, logits, batch_stats
 
     def _diffusion_term(self, raw, rows, xt):
         """(each row's (10) with (12), or (10b), each row's plain squared error)."""

@@ -16,6 +16,7 @@ from jdm.diffusion.process import (
     VARIANCES,
     Diffusion,
     Estimate,
+    Level,
     float_to_pixels,
     pixels_to_float,
 )
@@ -147,19 +148,35 @@ def test_posterior_is_that_of_bayes(name, t, s):
     x0, xt = 0.7, -0.4
     mean, variance = bayes(abar_s, abar_t, x0, xt)
 
-    ours = diffusion.posterior_mean(images(x0), images(xt), abar_t, abar_s)
+    levels = Level.of(abar_t), Level.of(abar_s)
+    ours = diffusion.posterior_mean(images(x0), images(xt), *levels)
     np.testing.assert_allclose(ours.item(), mean, rtol=1e-4)
     small = dataclasses.replace(diffusion, variance="fixed_small")
-    log_variance = log_variance_of(small, Estimate(images(0)), times([t]), abar_t, abar_s)
+    log_variance = log_variance_of(small, Estimate(images(0)), times([t]), *levels)
     np.testing.assert_allclose(log_variance.item(), np.log(variance), atol=1e-3)
     if s == t - 1:
         np.testing.assert_allclose(diffusion.posterior_variance[t], variance, rtol=1e-6)
 
 
 def test_posterior_of_the_clean_image_is_the_clean_image():
-    mean = LINEAR.posterior_mean(images([0.3, -1]), images([2, 5]), jnp.float32(0.4), 1.0)
+    levels = Level.of(0.4), Level.of(1.0)
+    mean = LINEAR.posterior_mean(images([0.3, -1]), images([2, 5]), *levels)
     np.testing.assert_allclose(mean, images([0.3, -1]), rtol=1e-6)
     assert LINEAR.posterior_variance[0] == 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_posterior_keeps_its_digits_near_the_image_and_near_the_noise(name):
+    """1 - abar is 4e-5 at first under "cosine": its digits would be lost in a float32 of abar."""
+    diffusion = Diffusion(500, schedule=name)
+    t = jnp.asarray([1, 2, 5, 20, 250, 498, 499])
+    abar_s, abar_t = diffusion.abar[t - 1], diffusion.abar[t]
+    of_x0 = np.sqrt(abar_s) * diffusion.betas[t] / (1 - abar_t)
+    of_xt = np.sqrt(1 - diffusion.betas[t]) * (1 - abar_s) / (1 - abar_t)
+    one, none = jnp.ones((7, 1, 1, 1)), jnp.zeros((7, 1, 1, 1))
+    for expected, x0, xt in ((of_x0, one, none), (of_xt, none, one)):
+        ours = diffusion.posterior_mean(x0, xt, *diffusion.levels(t))
+        np.testing.assert_allclose(ours[:, 0, 0, 0], expected, rtol=1e-5)
 
 
 def test_log_variances_begin_with_the_posterior_at_one():
@@ -293,9 +310,9 @@ def test_fixed_variance_leaves_the_output_whole():
     np.testing.assert_array_equal(mean, raw)
 
 
-def adjacent(diffusion: Diffusion, t) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """(abar_t, abar_{t-1}) as images."""
-    return diffusion.at(diffusion.abar, t), diffusion.at(np.append(1, diffusion.abar[:-1]), t)
+def adjacent(diffusion: Diffusion, t) -> tuple[Level, Level]:
+    """(level t, level t - 1) as images."""
+    return diffusion.levels(t)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -325,10 +342,11 @@ def test_learned_variance_of_a_step_to_the_neighbour_is_what_was_learned(name, s
 
 def test_learned_variance_keeps_its_place_over_longer_steps(learned):
     t = times([99, 50, 10])
-    abar_t, abar_s = (learned.at(learned.abar, q) for q in (t, times([49, 10, 2])))
+    at_t, at_s = (learned.levels(q)[0] for q in (t, times([49, 10, 2])))
     value = images([-1.0, 0.5, 1.0])
     raw = jnp.concatenate([jnp.zeros_like(value), value], axis=-1)
-    ours = log_variance_of(learned, estimate_of(learned, raw, value, t), t, abar_t, abar_s)
+    ours = log_variance_of(learned, estimate_of(learned, raw, value, t), t, at_t, at_s)
+    abar_t, abar_s = np.float64(at_t.abar), np.float64(at_s.abar)
     beta = 1 - abar_t / abar_s
     low, high = np.log(beta * (1 - abar_s) / (1 - abar_t)), np.log(beta)
     np.testing.assert_allclose(ours, low + (value + 1) / 2 * (high - low), atol=2e-3)

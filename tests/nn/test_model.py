@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.model import DTYPES, check_shape
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 
@@ -26,6 +27,7 @@ X, T = noise(0, 3, 8, 8, 1), jnp.asarray([0, 10, 500], jnp.int32)
         ({"resample": "resblock"}, (8, 8, 1), 1),
         ({"image_size": 28, "multipliers": (1, 2, 2), "attention": (28,)}, (28, 28, 1), 1),
         ({"dtype": "bfloat16"}, (8, 8, 1), 1),
+        ({"dtype": "bfloat16", "head": "published"}, (8, 8, 1), 1),
         ({"multipliers": (1,), "attention": ()}, (8, 8, 1), 1),
         ({"channels": 20, "attention": (8, 4)}, (8, 8, 1), 1),
     ],
@@ -37,7 +39,7 @@ def test_output_has_the_shape_of_the_images_in_float32(tiny_model, changes, in_s
     (raw, logits), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x, t)
     assert (raw.shape, raw.dtype) == ((3, *in_shape[:2], out_channels), jnp.float32)
     assert (logits.shape, logits.dtype) == ((3, 10), jnp.float32)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("resample", RESAMPLES)
@@ -156,6 +158,8 @@ def test_dropout_acts_in_training(tiny_model, tiny_params, where):
         ({"heads": 3, "attention": (8,), "multipliers": (2, 3)}, r"model\.heads=3 .* 16 channels"),
         ({"resample": "pool"}, r"model\.resample='pool' is unknown; known: conv, resblock"),
         ({"attention_order": "x"}, r"model\.attention_order='x' .* head_first, qkv_first"),
+        ({"head": "linear"}, r"model\.head='linear' is unknown; known: normalised, published"),
+        ({"head_time": "t"}, r"model\.head_time='t' is unknown; known: raw, zero"),
         ({"dtype": "float16"}, r"model\.dtype='float16' is unknown; known: float32, bfloat16"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -174,6 +178,8 @@ def test_every_known_name_fits(tiny_model):
     for key, known in {
         "resample": RESAMPLES,
         "attention_order": ATTENTION_ORDERS,
+        "head": HEADS,
+        "head_time": HEAD_TIMES,
         "dtype": DTYPES,
     }.items():
         for name in known:

@@ -51,7 +51,8 @@ class Toy(JointModel):
 
 
 DIFFUSION = Diffusion(50)
-MODEL = Toy(**base.get_config().model)
+MODEL_FIELDS = dict(base.get_config().model)
+MODEL = Toy(**MODEL_FIELDS)
 PARAMS = {
     "raw": jnp.zeros(1),
     "slope": jnp.asarray([1.0, -2.0, 0.5]),
@@ -76,13 +77,14 @@ def joint_loss(diffusion=DIFFUSION, **settings) -> JointLoss:
     return JointLoss(MODEL, diffusion, **settings)
 
 
-def whole_loss(loss_fn, params, batch, drawn, step=0):
-    """(the loss, its averages) of a batch with evenly drawn times."""
+def whole_loss(loss_fn, params, batch, drawn, step=0, batch_stats=()):
+    """(the loss, its averages, the next batch_stats) of a batch with evenly drawn times."""
     count = len(batch["image"])
     t, counts = T_SAMPLERS["uniform"](loss_fn.diffusion.steps).draw(drawn["t"], None, count)
     rows = loss_fn.rows(batch, t, counts, drawn["noise"], jnp.int32(step))
-    loss, (averages, _) = loss_fn(params, rows, drawn["dropout"])
-    return loss, averages
+    loss, aux = loss_fn(params, dict(batch_stats), rows, drawn["dropout"])
+    batch_stats, averages, _ = aux
+    return loss, averages, batch_stats
 
 
 def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, **changed):
@@ -92,7 +94,7 @@ def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, **changed):
     """
     SEEN.clear()
     ASKED.clear()
-    loss, averages = whole_loss(loss_fn, params, batch, keys(**changed), step)
+    loss, averages, _ = whole_loss(loss_fn, params, batch, keys(**changed), step)
     ((x, t),) = SEEN  # one encoder pass
     return SimpleNamespace(
         loss=float(loss),
@@ -222,6 +224,26 @@ def test_clean_images_are_classified_without_noise_in_the_answer():
     for seed in (0, 1):
         halves = entropy["clean"][seed] + entropy["noised"][seed]
         np.testing.assert_allclose(entropy["both"][seed], halves, rtol=1e-5)
+
+
+class Counting(Toy):
+    """Keeps the sum of the pixels that its head was given."""
+
+    def classify(self, features, t, train=False):
+        seen = self.get_variable("batch_stats", "seen")
+        self.put_variable("batch_stats", "seen", seen + features.mid.sum())
+        return super().classify(features, t, train)
+
+
+@pytest.mark.parametrize("classify", CLASSIFY)
+def test_the_heads_statistics_are_those_of_what_it_was_given(classify):
+    loss_fn = dataclasses.replace(joint_loss(classify=classify), model=Counting(**MODEL_FIELDS))
+    SEEN.clear()
+    before = {"seen": jnp.float32(100)}
+    _, _, batch_stats = whole_loss(loss_fn, PARAMS, BATCH, keys(), batch_stats=before)
+    ((x, _),) = SEEN
+    rows = {"clean": slice(8, 16), "noised": slice(0, 8), "both": slice(0, 16)}[classify]
+    np.testing.assert_allclose(batch_stats["seen"], 100 + x[rows].sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.001, 1.0, 10.0])

@@ -15,6 +15,7 @@ import pytest
 from jdm.training.step import (
     STREAMS,
     TrainState,
+    average,
     ema_decay,
     gradient,
     step_keys,
@@ -54,13 +55,21 @@ def test_keys_follow_from_the_root_and_the_step_alone():
     [(0, 0.999, 0.1), (1, 0.999, 2 / 11), (90, 0.999, 0.91), (10**6, 0.999, 0.999), (90, 0.5, 0.5)],
 )
 def test_ema_decay_is_short_at_first(step, decay, expected):
-    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay), expected, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay, True), expected, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(jnp.int32(step), decay, False), decay, rtol=1e-6)
+
+
+def test_the_average_of_a_counter_is_the_counter():
+    old = {"mean": jnp.float32(1), "count": jnp.int32(7)}
+    new = average(old, {"mean": jnp.float32(5), "count": jnp.int32(8)}, jnp.float32(0.75))
+    assert (new["mean"], new["count"], new["count"].dtype) == (2, 8, jnp.int32)
 
 
 class Quadratic:
     """Half the squared distance to the batch's target, which has the gradient params - target.
 
-    Each row of the batch holds the whole target, and its share of the rows.
+    Each row of the batch holds the whole target, and its share of the rows. Its statistic is the
+    sum of all terms so far.
     """
 
     def __init__(self):
@@ -70,23 +79,25 @@ class Quadratic:
         self.given.append([key])
         return {"target": batch["image"], "share": counts / len(counts)}
 
-    def __call__(self, params, rows, key):
+    def __call__(self, params, batch_stats, rows, key):
         self.given[-1].append(key)
         terms = 0.5 * ((params["w"] - rows["target"]) ** 2).sum(axis=1)
-        return (rows["share"] * terms).sum(), ({}, terms)
+        batch_stats = {name: value + terms.sum() for name, value in batch_stats.items()}
+        return (rows["share"] * terms).sum(), (batch_stats, {}, terms)
 
 
 T_SAMPLER = T_SAMPLERS["uniform"](100)
 
 
-def start(optimiser, w) -> TrainState:
+def start(optimiser, w, batch_stats) -> TrainState:
     params = {"w": jnp.asarray(w, jnp.float32)}
-    return TrainState(jnp.int32(0), params, params, optimiser.init(params))
+    weights = {"params": params, "batch_stats": batch_stats}
+    return TrainState(jnp.int32(0), **weights, ema=weights, optimiser=optimiser.init(params))
 
 
 def test_three_steps_of_gradient_descent_and_of_the_moving_average():
     optimiser, target = optax.sgd(0.5), np.array([1.0, -2.0])
-    state = start(optimiser, [0.0, 4.0])
+    state = start(optimiser, [0.0, 4.0], {"sum": jnp.float32(0)})
     step = functools.partial(
         train_step,
         root=ROOT,
@@ -94,9 +105,11 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
         t_sampler=T_SAMPLER,
         optimiser=optimiser,
         decay=0.15,
+        warmup=True,
         accumulate=2,
     )
     w, ema = np.array([0.0, 4.0]), np.array([0.0, 4.0])
+    total = total_ema = 0.0
     for t in range(3):
         gradient = w - target
         w = w - 0.5 * gradient
@@ -104,8 +117,12 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
         ema = keep * ema + (1 - keep) * w
         batch = {"image": jnp.asarray([target, target], jnp.float32)}
         state, averages = step(state, batch)
+        total += 2 * averages["loss"][0]  # both parts, one after the other
+        total_ema = keep * total_ema + (1 - keep) * total
         np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
-        np.testing.assert_allclose(state.ema["w"], ema, rtol=1e-5)
+        np.testing.assert_allclose(state.ema["params"]["w"], ema, rtol=1e-5)
+        np.testing.assert_allclose(state.batch_stats["sum"], total, rtol=1e-5)
+        np.testing.assert_allclose(state.ema["batch_stats"]["sum"], total_ema, rtol=1e-5)
         assert state.step == t + 1
         norm, count = averages["gradient_norm"]
         np.testing.assert_allclose(norm / count, np.linalg.norm(gradient), rtol=1e-6)
@@ -114,7 +131,7 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
 
 def test_the_loss_is_given_the_keys_of_its_step():
     loss_fn, optimiser = Quadratic(), optax.sgd(0.1)
-    state, times = start(optimiser, [0.0]), []
+    state, times = start(optimiser, [0.0], {}), []
 
     def draw(key, history, rows):
         times.append(key)
@@ -129,6 +146,7 @@ def test_the_loss_is_given_the_keys_of_its_step():
             t_sampler=T_SAMPLER._replace(draw=draw),
             optimiser=optimiser,
             decay=0.9,
+            warmup=True,
             accumulate=1,
         )
     for step, (noise, dropout) in enumerate(loss_fn.given):
@@ -155,6 +173,7 @@ def trained(tiny_run):
 def test_a_run_starts_at_step_zero_with_the_average_equal_to_the_weights(tiny_run):
     state = tiny_run.start()
     assert state.step == 0 and state.step.dtype == jnp.int32
+    assert state.batch_stats == {} == state.ema["batch_stats"]
     for param, ema in zip(leaves(state.params), leaves(state.ema), strict=True):
         np.testing.assert_array_equal(param, ema)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (state, tiny_run.run.state))
@@ -223,20 +242,21 @@ def test_what_joins_later_joins_in_the_same_program():
             t_sampler=T_SAMPLER,
             optimiser=optimiser,
             decay=0.9,
+            warmup=True,
             accumulate=1,
         )
     )
-    state, seen = start(optimiser, [4.0]), []
+    state, seen = start(optimiser, [4.0], {}), []
     for _ in range(4):
         state, _ = step(state, {"image": jnp.zeros((2, 1))}, ROOT)
         seen.append(float(state.params["w"][0]))
     assert seen == [4, 4, 2, 1]
-    assert state.ema["w"] < 4 and step._cache_size() == 1
+    assert state.ema["params"]["w"] < 4 and step._cache_size() == 1
 
 
 def test_what_does_not_change_keeps_its_average_to_the_bit():
     optimiser = optax.sgd(0.0)
-    state = start(optimiser, np.random.default_rng(0).normal(size=100))
+    state = start(optimiser, np.random.default_rng(0).normal(size=100), {})
     for _ in range(3):
         state, _ = train_step(
             state,
@@ -246,9 +266,10 @@ def test_what_does_not_change_keeps_its_average_to_the_bit():
             t_sampler=T_SAMPLER,
             optimiser=optimiser,
             decay=0.9,
+            warmup=True,
             accumulate=1,
         )
-    np.testing.assert_array_equal(state.ema["w"], state.params["w"])
+    np.testing.assert_array_equal(state.ema["params"]["w"], state.params["w"])
 
 
 # Parts of a batch.
@@ -259,17 +280,22 @@ def test_parts_take_every_so_many_rows_and_are_summed():
     rows = {"x": jnp.arange(12.0), "share": jnp.full(12, 1 / 12)}
     seen, bitten = [], []
 
-    def loss_fn(params, rows, key):
+    def loss_fn(params, calls, rows, key):
         jax.debug.callback(lambda x, key: (seen.append(x), bitten.append(key)), rows["x"], key)
         terms = params * rows["x"] ** 2
         share = rows["share"]
-        return (share * terms).sum(), ({"mean": ((share * rows["x"]).sum(), share.sum())}, terms)
+        averages = {"mean": ((share * rows["x"]).sum(), share.sum())}
+        return (share * terms).sum(), (calls + 1, averages, terms)
 
-    key = jax.random.key(0)
-    whole, split = (gradient(loss_fn, jnp.float32(3.0), rows, key, parts) for parts in (1, 3))
+    def of(parts):
+        return gradient(loss_fn, jnp.float32(3.0), jnp.int32(0), rows, jax.random.key(0), parts)
+
+    (whole, calls, terms), (split, calls_split, terms_split) = of(1), of(3)
+    assert (calls, calls_split) == (1, 3)
     jax.effects_barrier()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), split, whole)
-    np.testing.assert_array_equal(split[1], 3 * np.arange(12.0) ** 2)
+    np.testing.assert_allclose(terms, 3 * np.arange(12.0) ** 2)
+    np.testing.assert_allclose(terms_split, terms)
     parts = sorted(sorted(np.asarray(x).tolist()) for x in seen if len(x) == 4)
     assert parts == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert len({bits(key) for key in bitten}) == 4  # the whole batch's, and one for each part

@@ -88,9 +88,9 @@ class Falling:
     def rows(self, batch, t, counts, key, step):
         return {"t": t * 1.0, "share": counts / len(t)}
 
-    def __call__(self, params, rows, key):
+    def __call__(self, params, batch_stats, rows, key):
         terms = params["w"] * rows["t"]
-        return (rows["share"] * terms).sum(), ({}, terms)
+        return (rows["share"] * terms).sum(), (batch_stats, {}, terms)
 
 
 def steps(sampler, state, count: int):
@@ -105,6 +105,7 @@ def steps(sampler, state, count: int):
             t_sampler=sampler,
             optimiser=OPTIMISER,
             decay=0.9,
+            warmup=True,
             accumulate=2,
         )
         seen.append(float(averages["loss"][0]))
@@ -113,8 +114,11 @@ def steps(sampler, state, count: int):
 
 def test_a_step_keeps_the_history_and_a_checkpoint_brings_it_back(sampler, tmp_path):
     """What is drawn after resuming is what would have been drawn."""
-    w = {"w": jnp.ones(())}
-    start = TrainState(jnp.int32(0), w, w, OPTIMISER.init(w), sampler.init())
+    weights = {"params": {"w": jnp.ones(())}, "batch_stats": {}}
+    optimiser = OPTIMISER.init(weights["params"])
+    start = TrainState(
+        jnp.int32(0), **weights, ema=weights, optimiser=optimiser, t_history=sampler.init()
+    )
     state, _ = steps(sampler, start, 6)
     assert int(state.t_history.seen.sum()) == 6 * 32
     assert (np.asarray(state.t_history.losses)[0] == 0).all()  # t = 0 has the loss 0
