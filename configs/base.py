@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
             loss=dict(
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both
+                augment="none",  # of its clean images: none, published, repaired, digits or natural
                 min_snr_gamma=0.0,  # 0: every noise level weighs the same
                 variance_weight=0.001,  # of the bound, where the variance is learned
             ),

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.prediction": ("eps", "x0", "v"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned"),
     "loss.classify": ("clean", "noised", "both"),
+    "loss.augment": ("none", "published", "repaired", "digits", "natural"),
     "optim.schedule": ("constant", "cosine"),
     "data.name": ("digits",),
 }

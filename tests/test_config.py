@@ -19,6 +19,7 @@ from jdm.mesh import make_mesh, replicated
 from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.training import build
+from jdm.training.augment import POLICIES
 from jdm.training.loss import CLASSIFY, JointLoss
 from jdm.training.step import step_keys
 
@@ -300,6 +301,7 @@ def test_choices_are_the_names_beside_the_functions():
         "diffusion.prediction": PREDICTIONS,
         "diffusion.variance": VARIANCES,
         "loss.classify": CLASSIFY,
+        "loss.augment": POLICIES,
         "optim.schedule": build.SCHEDULES,
         "data.name": DATASETS,
     }

@@ -14,13 +14,15 @@ class Dataset:
 
     name: what `data.name` says. image_size: height = width, in pixels. channels: 1 or 3.
     num_classes: labels are 0 to num_classes - 1 (-1 = unlabelled). splits: images in each split.
-    module: the module whose import registers the dataset's builder with TFDS.
+    flips: whether an image and its mirror image show the same. module: the module whose import
+    registers the dataset's builder with TFDS.
     """
 
     name: str
     image_size: int
     channels: int
     num_classes: int
+    flips: bool
     splits: Mapping[str, int]
     module: str
 
@@ -33,6 +35,7 @@ DATASETS: dict[str, Dataset] = {
             image_size=8,
             channels=1,
             num_classes=10,
+            flips=False,
             splits={"train": 1257, "validation": 180, "test": 360},
             module="jdm.data.digits",
         ),

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 # Every use of randomness inside a step has a stream of its own; a new one goes at the end.
-STREAMS = ("t", "noise", "dropout")
+STREAMS = ("t", "noise", "dropout", "augment")
 
 
 @struct.dataclass

@@ -13,7 +13,8 @@ from jdm.configs import base
 from jdm.diffusion.process import PREDICTIONS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
-from jdm.training.loss import CLASSIFY, JointLoss, masked_cross_entropy
+from jdm.training.augment import POLICIES, Pairs, augment
+from jdm.training.loss import CLASSIFY, JointLoss, masked_cross_entropy, with_partners
 
 SEEN = []  # what the toy's encoder was given, in order
 
@@ -263,6 +264,108 @@ def test_an_unknown_name_is_one_sentence_that_lists_the_known():
         ValueError, match="^loss.classify='dirty' is unknown; known: clean, noised, both$"
     ):
         joint_loss(classify="dirty")
+
+
+# Augmentation. `keys` above has no stream for it: without a policy none is asked for.
+
+
+class WithStream(JointLoss):
+    def __call__(self, params, batch, keys):
+        return super().__call__(params, batch, keys | {"augment": jax.random.key(99)})
+
+
+def augmented(policy: str, **settings) -> JointLoss:
+    return WithStream(MODEL, DIFFUSION, **{**base.get_config().loss, "augment": policy, **settings})
+
+
+def by_hand(policy: str, images):
+    """(images augmented as the loss does, their pairs)."""
+    return augment(POLICIES[policy], jax.random.key(99), images)
+
+
+def test_the_policy_none_changes_no_bit():
+    plain, none = evaluate(joint_loss()), evaluate(augmented("none"))
+    assert base.get_config().loss.augment == "none"
+    assert (plain.loss, plain.sums) == (none.loss, none.sums)
+    np.testing.assert_array_equal(plain.x, none.x)
+
+
+@pytest.mark.parametrize("classify", ["clean", "both"])
+def test_only_the_clean_half_is_augmented(classify):
+    plain = evaluate(joint_loss(classify=classify))
+    found = evaluate(augmented("digits", classify=classify))
+    np.testing.assert_array_equal(found.x[:8], plain.x[:8])
+    np.testing.assert_array_equal(found.t, plain.t)
+    assert found.sums["diffusion"] == plain.sums["diffusion"]
+    expected, pairs = by_hand("digits", plain.x[8:])
+    assert pairs is None
+    np.testing.assert_allclose(found.x[8:], expected, atol=1e-5)
+    assert np.abs(found.x[8:] - plain.x[8:]).mean() > 0.01
+    assert found.sums["cross_entropy"] != plain.sums["cross_entropy"]
+
+
+@pytest.mark.parametrize("classify", ["clean", "both"])
+def test_mixed_images_are_asked_for_both_labels_each_for_its_share(classify):
+    found = evaluate(augmented("repaired", classify=classify, weight=0.3))
+    labels = np.asarray(BATCH["label"])
+    _, (partner, share) = by_hand("repaired", jnp.zeros((8, 4, 4, 1)))
+    partner, share = np.asarray(partner), np.asarray(share, np.float64)
+    assert (share > 0).any() and (share == 0).any()
+    # Each row as if it were alone: its entropy for one label, 0 where there is none.
+    own, others = (
+        np.array(
+            [sum(entropies(found.x[8 + i][None], [0], [y])) for i, y in enumerate(of)],
+        )
+        for of in (labels, labels[partner])
+    )
+    total = ((1 - share) * own + share * others).sum()
+    count = ((1 - share) * (labels >= 0) + share * (labels[partner] >= 0)).sum()
+    if classify == "both":
+        noised = entropies(found.x[:8], found.t[:8], labels)
+        total, count = total + sum(noised), count + len(noised)
+    np.testing.assert_allclose(found.counts["cross_entropy"], count, rtol=1e-5)
+    np.testing.assert_allclose(found.sums["cross_entropy"], total, rtol=1e-4)
+    term = 0.3 * total / count
+    np.testing.assert_allclose(found.loss - found.sums["diffusion"], term, rtol=1e-4)
+
+
+def test_the_published_policy_mixes_no_label():
+    found = evaluate(augmented("published", classify="clean"))
+    expected = entropies(found.x[8:], found.t[8:], BATCH["label"])
+    np.testing.assert_allclose(found.sums["cross_entropy"], sum(expected), rtol=1e-4)
+    assert found.counts["cross_entropy"] == 6
+
+
+def test_the_published_policy_augments_noised_images_where_those_are_classified():
+    plain = evaluate(joint_loss(classify="noised"))
+    found = evaluate(augmented("published", classify="noised"))
+    np.testing.assert_array_equal(found.x[:8], plain.x)
+    np.testing.assert_array_equal(found.t, np.tile(plain.t, 2))
+    np.testing.assert_allclose(found.x[8:], by_hand("published", plain.x)[0], atol=1e-5)
+    expected = entropies(found.x[8:], found.t[8:], BATCH["label"])
+    np.testing.assert_allclose(found.sums["cross_entropy"], sum(expected), rtol=1e-4)
+    assert found.sums["diffusion"] == plain.sums["diffusion"]
+
+
+def test_partners_share_a_row():
+    logits = jnp.log(jnp.asarray([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]))
+    pairs = Pairs(jnp.asarray([1, 0]), jnp.asarray([0.25, 0.0]))
+    rows = with_partners(logits, jnp.asarray([0, 1, 0]), pairs)
+    entropy, correct, count = masked_cross_entropy(*rows)
+    expected = -np.log(0.5) - 0.75 * np.log(0.8) - 0.25 * np.log(0.2) - np.log(0.9)
+    np.testing.assert_allclose(entropy, expected, rtol=1e-5)
+    assert (correct, count) == (1 + 0.75 + 1, 3)
+
+
+@pytest.mark.parametrize("policy", ["repaired", "digits", "natural"])
+def test_a_policy_for_clean_images_needs_some(policy):
+    with pytest.raises(ValueError, match=f"^loss.augment='{policy}' .*loss.classify='noised'"):
+        joint_loss(classify="noised", augment=policy)
+
+
+def test_an_unknown_policy_is_one_sentence_that_lists_the_known():
+    with pytest.raises(ValueError, match="^loss.augment='mild' is unknown; known: none, published"):
+        joint_loss(augment="mild")
 
 
 # Learned variance.

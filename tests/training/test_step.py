@@ -31,10 +31,16 @@ def test_every_stream_of_every_step_has_a_key_of_its_own():
 
 def test_keys_follow_from_the_root_and_the_step_alone():
     first, again = (step_keys(jax.random.key(3), jnp.int32(7)) for _ in range(2))
-    assert list(first) == ["t", "noise", "dropout"]  # a new stream goes at the end
+    assert list(first) == ["t", "noise", "dropout", "augment"]  # a new stream goes at the end
     assert {name: bits(key) for name, key in first.items()} == {
         name: bits(key) for name, key in again.items()
     }
+
+
+def test_a_stream_does_not_change_with_those_that_came_after_it():
+    key = jax.random.fold_in(ROOT, 7)
+    for i, name in enumerate(("t", "noise", "dropout")):
+        assert bits(step_keys(ROOT, jnp.int32(7))[name]) == bits(jax.random.fold_in(key, i))
 
 
 # The moving average.
