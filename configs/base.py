@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
                 weight=0.1,  # lambda, of the classifier's cross-entropy
                 classify="both",  # what the classifier is trained on: clean, noised or both
                 classify_after=0,  # the step at which the classifier's term joins
+                augment="none",  # of its clean images: none, published, repaired, digits or natural
                 min_snr_gamma=0.0,  # 0: every noise level weighs the same
                 variance_weight=0.001,  # of the bound, where the variance is learned
             ),

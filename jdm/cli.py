@@ -95,7 +95,9 @@ def sample(arguments: argparse.Namespace) -> None:
     )
     try:
         sampling.check_format(out)
-        joint = _load(arguments.checkpoint)
+        joint = _load("checkpoint", arguments.checkpoint)
+        if arguments.classifier is not None:
+            options["classifier"] = _load("classifier", arguments.classifier)
         sampling.check(joint, **options)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
@@ -111,7 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from jdm.data.datasets import available
     from jdm.data.pipeline import DataError, load_split
 
-    joint = _load(arguments.checkpoint)
+    joint = _load("checkpoint", arguments.checkpoint)
     name = joint.config.data.name
     try:
         splits = available(name).splits
@@ -143,15 +145,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
 # What they share ---------------------------------------------------------------------------------
 
 
-def _load(path: str):
-    """The Joint at --checkpoint."""
+def _load(flag: str, path: str):
+    """The Joint at the path that a flag names."""
     from jdm.checkpoint import CheckpointError
     from jdm.joint import load
 
     try:
         return load(path)
     except (CheckpointError, configs.ConfigError) as error:
-        raise UsageError(f"--checkpoint={path}: {error}") from error
+        raise UsageError(f"--{flag}={path}: {error}") from error
 
 
 def use_compilation_cache() -> None:
@@ -232,8 +234,11 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
     new.add_argument("--seeds", default="0-15", help="one image each: 0-63, or 1,5,9 (0-15)")
     new.add_argument("--labels", help="classes, cycled over the seeds: 0,1,2")
-    new.add_argument("--guidance", default="none", help="none, pixel or representation (none)")
+    new.add_argument(
+        "--guidance", default="none", help="none, pixel, representation or published (none)"
+    )
     new.add_argument("--scale", type=float, help="of the guidance (its own default)")
+    new.add_argument("--classifier", help="a work folder whose classifier pixel guidance follows")
     new.add_argument("--sampler", default="ddim", help="ddim or ancestral (ddim)")
     new.add_argument(
         "--steps", default="50", help="noise levels visited, or of each section: 10,10,20 (50)"

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.terms": ("joint", "diffusion", "classifier"),
     "loss.kind": ("mse", "kl", "rescaled_kl"),
     "loss.classify": ("clean", "noised", "both"),
+    "loss.augment": ("none", "published", "repaired", "digits", "natural"),
     "optim.schedule": ("constant", "cosine"),
     "train.t_sampler": ("uniform", "loss_second_moment"),
     "data.name": ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "celeba", "malaria"),

@@ -38,6 +38,15 @@ def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Netwo
     )
 
 
+def judged_by(network: Network, judge: Network) -> Network:
+    """The network with the classifier of another one, which reads x_t by an encoder of its own."""
+    return Network(
+        encode=lambda x, t: (network.encode(x, t), judge.encode(x, t)),
+        decode=lambda features, x, t: network.decode(features[0], x, t),
+        classify=lambda features, t: judge.classify(features[1], t),
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _denoise(model, diffusion, weights, xt, t):
     network = make_network(model, diffusion, weights)

@@ -26,7 +26,7 @@ from jdm.diffusion.process import float_to_pixels, pick
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.diffusion.samplers import sample as run_sampler
 from jdm.files import write_whole
-from jdm.joint import Joint, make_network, opened
+from jdm.joint import Joint, judged_by, make_network, opened
 from jdm.mesh import by_row, make_mesh
 from jdm.tracking import Progress
 
@@ -93,6 +93,7 @@ def sample(
     scale: float | None = None,
     eta: float = 0.0,
     clip: bool = True,
+    classifier: Joint | str | os.PathLike | None = None,
     batch_size: int = 64,
 ) -> Samples:
     """Images of a trained model, one per seed.
@@ -103,15 +104,18 @@ def sample(
     T noise levels are visited, or how many of each section of them, such as "10,10,20" (see
     samplers.timesteps). guidance: one of guidance.GUIDANCE; all but "none" need labels. scale: of
     the guidance, finite; positive is toward the class; None is that guidance's default. eta: noise
-    of ddim. clip: hold every estimate of the clean image in [-1, 1]. batch_size: images per device
-    and call.
+    of ddim. clip: hold every estimate of the clean image in [-1, 1]. classifier: whose classifier
+    pixel guidance follows, trained on the same noise levels; None is the joint's own. batch_size:
+    images per device and call.
 
     Raises ValueError, naming the argument, for anything out of range.
     """
     joint = opened(joint)
+    judge = None if classifier is None else opened(classifier)
     labels, seeds, settings = check(
         joint,
         n,
+        classifier=judge,
         labels=labels,
         seeds=seeds,
         sampler=sampler,
@@ -144,9 +148,10 @@ def sample(
             batch = [jax.device_put(_pad(x[part], rows), sharding) for x in (seeds, asked)]
             made = _generate(
                 joint.model,
+                judge and judge.model,
                 joint.diffusion,
                 static,
-                joint.weights,
+                (joint.weights, judge and judge.weights),
                 *batch,
                 settings["scale"],
             )
@@ -167,6 +172,7 @@ def check(
     scale: float | None,
     eta: float,
     batch_size: int,
+    classifier: Joint | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any]]:
     """(labels int32 [N] or None, seeds uint32 [N], settings) of a request, before any work.
 
@@ -183,17 +189,41 @@ def check(
         raise ValueError(f"eta={eta} must lie in [0, 1]")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
+    if guidance != "none" and joint.model.multi_label:
+        raise ValueError(f"guidance={guidance!r} is toward one class; this model is multi-label")
     if guidance != "none" and labels is None:
         raise ValueError(f"guidance={guidance!r} needs labels")
+    if classifier is not None:
+        _check_classifier(joint, classifier, guidance)
     settings = dict(sampler=sampler, steps=steps, guidance=guidance, scale=scale, eta=eta)
     return labels, seeds, settings
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, diffusion, settings, weights, seeds, labels, scale):
+def _check_classifier(joint: Joint, classifier: Joint, guidance: str) -> None:
+    """Raises ValueError where a classifier cannot judge what the joint makes."""
+    if guidance != "pixel":
+        raise ValueError(f"classifier goes with guidance='pixel', not with {guidance!r}")
+    for name, ours, theirs in (
+        ("images of the shape", joint.image_shape, classifier.image_shape),
+        ("classes", joint.model.num_classes, classifier.model.num_classes),
+        (
+            "the schedule",
+            (joint.diffusion.schedule, joint.diffusion.steps),
+            (classifier.diffusion.schedule, classifier.diffusion.steps),
+        ),
+    ):
+        if ours != theirs:
+            raise ValueError(f"classifier knows {name} {theirs}; this model has {ours}")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(model, judge, diffusion, settings, weights, seeds, labels, scale):
     """uint8 images of one batch: the one program of a (shape, sampler, steps, guidance)."""
     sampler, steps, guidance, eta, clip = settings
-    eps_fn = GUIDANCE[guidance](make_network(model, diffusion, weights), diffusion, labels, scale)
+    network = make_network(model, diffusion, weights[0])
+    if judge is not None:
+        network = judged_by(network, make_network(judge, diffusion, weights[1]))
+    eps_fn = GUIDANCE[guidance](network, diffusion, labels, scale)
     keys = jax.vmap(jax.random.key)(seeds)
     shape = (model.image_size, model.image_size, model.image_channels)
     x = run_sampler(

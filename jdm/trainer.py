@@ -7,6 +7,7 @@ learning itself is in jdm.training.
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jdm.files import write_whole
 from jdm.joint import Joint
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
+from jdm.training.augment import POLICIES
 from jdm.training.build import Run, build
 from jdm.training.step import TrainState
 
@@ -132,9 +134,17 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     name = "data.batch_size" if parts == 1 else "data.batch_size / train.accumulate"
     try:
         check_batch(rows // parts, mesh, name)
-        return build(config, replicated(mesh))
+        run = build(config, replicated(mesh))
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error
+    if POLICIES[config.loss.augment].flips and not facts.flips:
+        # No error: the published recipes do so, and are to be compared with.
+        warnings.warn(
+            f"config.loss.augment={config.loss.augment!r} mirrors images, which changes what they "
+            f"show in config.data.name={config.data.name!r}; 'digits' and 'none' do not",
+            stacklevel=2,
+        )
+    return run
 
 
 def claim(config: ConfigDict, workdir: Path, write: bool) -> None:

@@ -21,6 +21,7 @@ from jdm.nn.model import DTYPES
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
 from jdm.trainer import abstract_batch
 from jdm.training import build
+from jdm.training.augment import POLICIES
 from jdm.training.loss import CLASSIFY, KINDS, TERMS
 from jdm.training.t_sampler import T_SAMPLERS
 
@@ -78,21 +79,28 @@ def network_of(name: str) -> tuple:
 NETWORKS = {network_of(name): name for name in reversed(configs.names())}.values()
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "several labels"])
-def test_every_network_builds_and_has_a_loss(name):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_builds(name):
     """Shapes only: nothing is computed and nothing compiled."""
-    several = name == "several labels"
-    config = load("model.multi_label=True", "train.accumulate=2") if several else configs.load(name)
-    mesh = make_mesh()
-    run, batch = build.build(config, replicated(mesh)), abstract_batch(config, by_row(mesh))
-    assert batch["label"].shape == ((16, 10) if several else (config.data.batch_size,))
-    _, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
-    assert averages["loss"][0].shape == ()
+    run = build.build(configs.load(name), replicated(make_mesh()))
     if name in PUBLISHED:
         params = run.state.params
         counts = [sum(x.size for x in jax.tree.leaves(params[part])) for part in ("unet", "head")]
         assert counts == PUBLISHED[name]
         assert "{:,} + {:,} parameters".format(*counts) in header(name)
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("model.multi_label=True", "train.accumulate=2"), ("model.head=published",)]
+)
+def test_a_step_has_the_shapes_of_its_config(changes):
+    config, mesh = load(*changes), make_mesh()
+    run, batch = build.build(config, replicated(mesh)), abstract_batch(config, by_row(mesh))
+    assert batch["label"].shape == ((16, 10) if config.model.multi_label else (16,))
+    state, averages = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
+    assert averages["loss"][0].shape == ()
+    after, before = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, run.state))
+    assert after == before
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -344,6 +352,7 @@ def test_choices_are_the_names_beside_the_functions():
         "loss.terms": TERMS,
         "loss.kind": KINDS,
         "loss.classify": CLASSIFY,
+        "loss.augment": POLICIES,
         "optim.schedule": build.SCHEDULES,
         "train.t_sampler": T_SAMPLERS,
         "data.name": DATASETS,

@@ -1,10 +1,12 @@
 """sample(): seeds, batches, devices, files and what it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,6 +55,32 @@ np.save(__import__("sys").argv[1], samples.images)
     subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True)
     one = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
     assert_same_images(np.load(path), one.images)
+
+
+def test_pixel_guidance_follows_the_classifier_it_is_given(joint):
+    options = dict(seeds=range(4), labels=[3], guidance="pixel", scale=50.0, steps=4)
+    own = jdm.sample(joint, **options)
+    assert_same_images(own.images, jdm.sample(joint, classifier=joint, **options).images)
+    # Every logit turned round: another classifier on the same network.
+    head = jax.tree.map(lambda x: -x, joint.params["head"]["out"])
+    params = joint.params | {"head": joint.params["head"] | {"out": head}}
+    other = dataclasses.replace(joint, weights=joint.weights | {"params": params})
+    found = jdm.sample(joint, classifier=other, **options)
+    assert (found.images != own.images).any()
+
+
+def test_a_classifier_that_cannot_judge_is_refused(joint):
+    longer = dataclasses.replace(joint, diffusion=dataclasses.replace(joint.diffusion, steps=100))
+    with pytest.raises(ValueError, match=r"^classifier knows the schedule \('linear', 100\); this"):
+        jdm.sample(joint, labels=[1], guidance="pixel", classifier=longer)
+    with pytest.raises(ValueError, match="^classifier goes with guidance='pixel', not with 'none'"):
+        jdm.sample(joint, classifier=joint)
+
+
+def test_guidance_toward_one_class_is_not_for_several_labels(joint):
+    several = dataclasses.replace(joint, model=joint.model.clone(multi_label=True))
+    with pytest.raises(ValueError, match="^guidance='pixel' .* multi-label"):
+        jdm.sample(several, labels=[1], guidance="pixel")
 
 
 def test_second_call_compiles_nothing(joint):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -148,6 +149,7 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
         (dict(model=dict(multipliers=(1, 1, 1, 1, 1))), "does not divide by 16"),
         (dict(model=dict(heads=3)), "model.heads=3"),
         (dict(diffusion=dict(steps=15)), "diffusion.steps=15"),
+        (dict(loss=dict(classify="noised", augment="digits")), "loss.augment='digits'"),
     ],
 )
 def test_parts_that_do_not_fit_are_one_sentence_before_anything_is_written(tmp_path, change, said):
@@ -155,6 +157,25 @@ def test_parts_that_do_not_fit_are_one_sentence_before_anything_is_written(tmp_p
         trainer.train(config_of(**change), tmp_path / "run")
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
+
+
+def warnings_of(**sections) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.prepare(config_of(**sections), trainer.make_mesh())
+    return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("policy", ["published", "repaired", "natural"])
+def test_mirroring_where_it_changes_the_class_is_a_warning(policy):
+    (said,) = warnings_of(loss=dict(augment=policy))
+    assert f"loss.augment={policy!r}" in said and "data.name='digits'" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("policy", ["none", "digits"])
+def test_what_does_not_mirror_is_no_warning(policy):
+    assert warnings_of(loss=dict(augment=policy)) == []
 
 
 def test_config_is_saved_beside_and_in_the_checkpoint(tiny):

@@ -1,12 +1,12 @@
 """The published recipes (Deja et al. 2023, arXiv:2301.13622), to the letter; what they share.
 
     AdamW 1e-4, constant, no decay, no clipping; dropout 0.3; the published linear schedule, noise
-    predicted, fixed large variance; cross-entropy of clean images at lambda 0.001, by the
-    published head; a moving average of 0.9999 from the first step. Batches of 256 for 500,000
-    steps, unless a recipe says otherwise.
+    predicted, fixed large variance; cross-entropy of clean images, augmented as published, at
+    lambda 0.001, by the published head; a moving average of 0.9999 from the first step. Batches of
+    256 for 500,000 steps, unless a recipe says otherwise.
 
-The classifier's augmentation is not part of these values. Nothing here has been trained by this
-project: how long a recipe takes and what it reaches was not measured here.
+Nothing here has been trained by this project: how long a recipe takes and what it reaches was not
+measured here.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         head_dropout=0.7,
     )
     config.diffusion.update(steps=1000, schedule="linear", prediction="eps", variance="fixed_large")
-    config.loss.update(weight=0.001, classify="clean", min_snr_gamma=0.0)
+    config.loss.update(weight=0.001, classify="clean", augment="published", min_snr_gamma=0.0)
     config.optim.update(
         lr=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0
     )

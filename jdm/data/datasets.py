@@ -14,15 +14,17 @@ class Dataset:
 
     name: what `data.name` says. image_size: height = width, in pixels. channels: 1 or 3.
     num_classes: labels are 0 to num_classes - 1 (-1 = unlabelled). splits: images in each split.
-    multi_label: whether an image has num_classes labels, each 0 or 1, int8 [num_classes]. module:
-    the module whose import registers the dataset's builder with TFDS; "" where there is none yet,
-    so that a config can be built and its network compiled, but not trained.
+    multi_label: whether an image has num_classes labels, each 0 or 1, int8 [num_classes]. flips:
+    whether an image and its mirror image show the same. module: the module whose import registers
+    the dataset's builder with TFDS; "" where there is none yet, so that a config can be built and
+    its network compiled, but not trained.
     """
 
     name: str
     image_size: int
     channels: int
     num_classes: int
+    flips: bool
     splits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     module: str = ""
     multi_label: bool = False
@@ -36,15 +38,16 @@ DATASETS: dict[str, Dataset] = {
             image_size=8,
             channels=1,
             num_classes=10,
+            flips=False,
             splits={"train": 1257, "validation": 180, "test": 360},
             module="jdm.data.digits",
         ),
-        Dataset("cifar10", image_size=32, channels=3, num_classes=10),
-        Dataset("cifar100", image_size=32, channels=3, num_classes=100),
-        Dataset("svhn", image_size=32, channels=3, num_classes=10),
-        Dataset("fashion_mnist", image_size=28, channels=1, num_classes=10),
-        Dataset("celeba", image_size=64, channels=3, num_classes=40),
-        Dataset("malaria", image_size=64, channels=3, num_classes=2),
+        Dataset("cifar10", image_size=32, channels=3, num_classes=10, flips=True),
+        Dataset("cifar100", image_size=32, channels=3, num_classes=100, flips=True),
+        Dataset("svhn", image_size=32, channels=3, num_classes=10, flips=False),
+        Dataset("fashion_mnist", image_size=28, channels=1, num_classes=10, flips=True),
+        Dataset("celeba", image_size=64, channels=3, num_classes=40, flips=True, multi_label=True),
+        Dataset("malaria", image_size=64, channels=3, num_classes=2, flips=True),
     ]
 }
 

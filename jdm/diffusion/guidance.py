@@ -3,21 +3,21 @@
 Owns how the classifier's gradient moves an image. Sees a network only as three functions, and a
 sampler sees only the eps_fn that comes back, so any guidance goes with any sampler.
 
-In each of them a positive scale moves the *image* toward the asked class.
-
 (13)  pixel            eps - s sqrt(1 - abar_t) g,  g = grad_x log p(y | x_t)
                                                                 Dhariwal & Nichol 2021, alg. 2
 (14)  representation   eps + s sqrt(1 - abar_t) |g| d / |d|,
                        d = sense · [decode(Z + p dZ) - decode(Z - p dZ)],
                        dZ = total derivative of log p(y | Z) with respect to every representation Z,
                        p such that |p dZ| = REACH |Z|           after Deja et al. 2023, section 4
+(14b) published        decode(Z - a dZ), with one fixed a       Deja et al. 2023, as implemented
 
-The published update decodes Z + a dZ with one fixed a. What a given a does depends on the network,
-on t and on how sure the classifier is: too little here is too much there. (14) takes from the
-representations only the direction of the change, over a stretch that is measured by their own
-length, and from (13) how far to go, so that one scale means the same for both, at every t and for
-every network. The stretch is long on purpose: a network's answer to a large move says more about
-the class than its derivative does, and the difference of two sides drops what both share.
+With (13) and (14) a positive scale moves the *image* toward the asked class. What a given a of
+(14b) does depends on the network, on t and on how sure the classifier is: too little here is too
+much there; it is kept for comparison. (14) takes from the representations only the direction of the
+change, over a stretch that is measured by their own length, and from (13) how far to go, so that
+one scale means the same for both, at every t and for every network. The stretch is long on purpose:
+a network's answer to a large move says more about the class than its derivative does, and the
+difference of two sides drops what both share.
 
 Which side is toward the class depends on the network too, because the decoder gets x_t only through
 Z. Moving Z up the classifier is like feeding the network x_t + d while x_t itself stays: a network
@@ -100,18 +100,27 @@ def pixel(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) 
     return eps_fn
 
 
+def _gradients(network: Network, x: Images, t: Times, labels: Labels):
+    """(gradient of log p(y) with respect to x, that with respect to every Z, Z).
+
+    The second is the total derivative: a nudge of a representation goes through all later blocks.
+    """
+
+    def log_likelihood(x, nudges):
+        features = network.encode(x, t, nudges)
+        return _log_likelihood(network.classify(features, t), labels).sum(), features
+
+    shapes = jax.eval_shape(network.encode, x, t)
+    nudges = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
+    (g, direction), features = jax.grad(log_likelihood, argnums=(0, 1), has_aux=True)(x, nudges)
+    return g, direction, features
+
+
 def representation(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) -> EpsFn:
     """(14), in the sense that moves the image toward the class. scale: s, as in (13)."""
 
     def eps_fn(x: Images, t: Times):
-        def log_likelihood(x, nudges):
-            features = network.encode(x, t, nudges)
-            return _log_likelihood(network.classify(features, t), labels).sum(), features
-
-        shapes = jax.eval_shape(network.encode, x, t)
-        nudges = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
-        grads, features = jax.grad(log_likelihood, argnums=(0, 1), has_aux=True)(x, nudges)
-        g, direction = grads
+        g, direction, features = _gradients(network, x, t, labels)
         p = REACH * _length(features) / jnp.maximum(_length(direction), TINY)
 
         def moved(p):
@@ -129,11 +138,28 @@ def representation(network: Network, diffusion: Diffusion, labels: Labels, scale
     return eps_fn
 
 
+def published(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) -> EpsFn:
+    """(14b). scale: a; where it moves the image depends on what the network predicts.
+
+    A learned variance is that of the moved representations, as published.
+    """
+    del diffusion
+
+    def eps_fn(x: Images, t: Times):
+        _, direction, features = _gradients(network, x, t, labels)
+        there = jax.tree.map(lambda z, dz: z - scale * dz, features, direction)
+        return network.decode(there, x, t)
+
+    return eps_fn
+
+
 GUIDANCE: dict[str, Callable[..., EpsFn]] = {
     "none": none,
     "pixel": pixel,
     "representation": representation,
+    "published": published,
 }
 
-# What digits, on their validation protocol, were happy with; other data may want others.
-DEFAULT_SCALES = {"none": 0.0, "pixel": 8.0, "representation": 8.0}
+# What digits, on their validation protocol, were happy with; other data may want others. The last
+# is the published one.
+DEFAULT_SCALES = {"none": 0.0, "pixel": 8.0, "representation": 8.0, "published": 1000.0}

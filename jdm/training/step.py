@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key
 from jdm.training.t_sampler import TSampler
 
 # Every use of randomness inside a step has a stream of its own; a new one goes at the end.
-STREAMS = ("t", "noise", "dropout")
+STREAMS = ("t", "noise", "dropout", "augment")
 
 
 @struct.dataclass
@@ -130,7 +130,7 @@ def train_step(
     """
     keys = step_keys(root, state.step)
     t, counts = t_sampler.draw(keys["t"], state.t_history, len(batch["image"]))
-    rows = loss_fn.rows(batch, t, counts, keys["noise"], state.step)
+    rows = loss_fn.rows(batch, t, counts, keys, state.step)
     (grads, loss, averages), batch_stats, terms = gradient(
         loss_fn, state.params, state.batch_stats, rows, keys["dropout"], accumulate
     )

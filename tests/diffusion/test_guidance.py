@@ -258,6 +258,17 @@ def test_the_toy_tells_total_from_direct_derivatives():
     assert np.abs(total - slopes(direct_only, (5, 4))).max() > 0.1
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("layer", ["early", "late"])
+def test_the_published_update_adds_a_multiple_of_the_cross_entropys_derivative(layer, scale):
+    x = np.asarray(X, np.float64).reshape(5, 4)
+    zero = {"early": np.zeros((5, 4)), "late": np.zeros((5, 4))}
+    total = slopes(lambda h: -log_likelihood(x, zero | {layer: h}), (5, 4))
+    expected = np.tanh(layers(np, x, zero)[layer] + scale * total)
+    ours = run("published", layered(layer), scale=scale)
+    np.testing.assert_allclose(ours.eps.reshape(5, 4), expected, atol=1e-4)
+
+
 # Representation guidance: which way.
 
 

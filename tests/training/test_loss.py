@@ -13,6 +13,7 @@ from jdm.configs import base
 from jdm.diffusion.process import MIN_SNR_WEIGHTS, Diffusion
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
+from jdm.training.augment import POLICIES, augment
 from jdm.training.loss import (
     CLASSIFY,
     KINDS,
@@ -81,7 +82,7 @@ def whole_loss(loss_fn, params, batch, drawn, step=0, batch_stats=()):
     """(the loss, its averages, the next batch_stats) of a batch with evenly drawn times."""
     count = len(batch["image"])
     t, counts = T_SAMPLERS["uniform"](loss_fn.diffusion.steps).draw(drawn["t"], None, count)
-    rows = loss_fn.rows(batch, t, counts, drawn["noise"], jnp.int32(step))
+    rows = loss_fn.rows(batch, t, counts, drawn, jnp.int32(step))
     loss, aux = loss_fn(params, dict(batch_stats), rows, drawn["dropout"])
     batch_stats, averages, _ = aux
     return loss, averages, batch_stats
@@ -377,6 +378,112 @@ def test_the_classifier_joins_at_its_step():
 def test_a_classifier_that_joins_nothing_is_refused_by_name(terms):
     with pytest.raises(ValueError, match=rf"^loss\.classify_after=5 .* loss\.terms='{terms}'"):
         joint_loss(terms=terms, classify_after=5)
+
+
+# Augmentation. `keys` above has no stream for it: without a policy none is asked for.
+
+
+class WithStream(JointLoss):
+    def rows(self, batch, t, counts, keys, step):
+        return super().rows(batch, t, counts, keys | {"augment": jax.random.key(99)}, step)
+
+
+def augmented(policy: str, **settings) -> JointLoss:
+    return WithStream(MODEL, DIFFUSION, **{**base.get_config().loss, "augment": policy, **settings})
+
+
+def by_hand(policy: str, images):
+    """(images augmented as the loss does, their pairs)."""
+    return augment(POLICIES[policy], jax.random.key(99), images)
+
+
+def test_the_policy_none_changes_no_bit():
+    plain, none = evaluate(joint_loss()), evaluate(augmented("none"))
+    assert base.get_config().loss.augment == "none"
+    assert (plain.loss, plain.sums) == (none.loss, none.sums)
+    np.testing.assert_array_equal(plain.x, none.x)
+
+
+@pytest.mark.parametrize("classify", ["clean", "both"])
+def test_only_the_clean_half_is_augmented(classify):
+    plain = evaluate(joint_loss(classify=classify))
+    found = evaluate(augmented("digits", classify=classify))
+    np.testing.assert_array_equal(found.x[:8], plain.x[:8])
+    np.testing.assert_array_equal(found.t, plain.t)
+    assert found.sums["diffusion"] == plain.sums["diffusion"]
+    expected, pairs = by_hand("digits", plain.x[8:])
+    assert pairs is None
+    np.testing.assert_allclose(found.x[8:], expected, atol=1e-5)
+    assert np.abs(found.x[8:] - plain.x[8:]).mean() > 0.01
+    assert found.sums["cross_entropy"] != plain.sums["cross_entropy"]
+
+
+@pytest.mark.parametrize("classify", ["clean", "both"])
+def test_mixed_images_are_asked_for_both_labels_each_for_its_share(classify):
+    found = evaluate(augmented("repaired", classify=classify, weight=0.3))
+    labels = np.asarray(BATCH["label"])
+    _, (partner, share) = by_hand("repaired", jnp.zeros((8, 4, 4, 1)))
+    partner, share = np.asarray(partner), np.asarray(share, np.float64)
+    assert (share > 0).any() and (share == 0).any()
+    # Each row as if it were alone: its entropy for one label, 0 where there is none.
+    own, others = (
+        np.array(
+            [sum(entropies(found.x[8 + i][None], [0], [y])) for i, y in enumerate(of)],
+        )
+        for of in (labels, labels[partner])
+    )
+    total = ((1 - share) * own + share * others).sum()
+    count = ((1 - share) * (labels >= 0) + share * (labels[partner] >= 0)).sum()
+    if classify == "both":
+        noised = entropies(found.x[:8], found.t[:8], labels)
+        total, count = total + sum(noised), count + len(noised)
+    np.testing.assert_allclose(found.counts["cross_entropy"], count, rtol=1e-5)
+    np.testing.assert_allclose(found.sums["cross_entropy"], total, rtol=1e-4)
+    term = 0.3 * total / count
+    np.testing.assert_allclose(found.loss - found.sums["diffusion"], term, rtol=1e-4)
+
+
+def test_the_published_policy_mixes_no_label():
+    found = evaluate(augmented("published", classify="clean"))
+    expected = entropies(found.x[8:], found.t[8:], BATCH["label"])
+    np.testing.assert_allclose(found.sums["cross_entropy"], sum(expected), rtol=1e-4)
+    assert found.counts["cross_entropy"] == 6
+
+
+def test_the_published_policy_augments_noised_images_where_those_are_classified():
+    plain = evaluate(joint_loss(classify="noised"))
+    found = evaluate(augmented("published", classify="noised"))
+    np.testing.assert_array_equal(found.x[:8], plain.x)
+    np.testing.assert_array_equal(found.t, np.tile(plain.t, 2))
+    np.testing.assert_allclose(found.x[8:], by_hand("published", plain.x)[0], atol=1e-5)
+    expected = entropies(found.x[8:], found.t[8:], BATCH["label"])
+    np.testing.assert_allclose(found.sums["cross_entropy"], sum(expected), rtol=1e-4)
+    assert found.sums["diffusion"] == plain.sums["diffusion"]
+
+
+def test_a_mixed_image_of_several_labels_is_asked_for_both_sets():
+    labels = RNG.integers(-1, 2, size=(8, 3)).astype(np.int8)
+    several = dataclasses.replace(
+        augmented("repaired", classify="clean"), model=MODEL.clone(multi_label=True)
+    )
+    found = evaluate(several, batch=BATCH | {"label": jnp.asarray(labels)})
+    _, (partner, share) = by_hand("repaired", jnp.zeros((8, 4, 4, 1)))
+    share, known = np.asarray(share, np.float64), (labels >= 0).sum(axis=1)
+    count = ((1 - share) * known + share * known[np.asarray(partner)]).sum()
+    np.testing.assert_allclose(found.counts["cross_entropy"], count, rtol=1e-5)
+    term = 0.1 * found.sums["cross_entropy"] / count
+    np.testing.assert_allclose(found.loss - found.sums["diffusion"], term, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["repaired", "digits", "natural"])
+def test_a_policy_for_clean_images_needs_some(policy):
+    with pytest.raises(ValueError, match=f"^loss.augment='{policy}' .*loss.classify='noised'"):
+        joint_loss(classify="noised", augment=policy)
+
+
+def test_an_unknown_policy_is_one_sentence_that_lists_the_known():
+    with pytest.raises(ValueError, match="^loss.augment='mild' is unknown; known: none, published"):
+        joint_loss(augment="mild")
 
 
 # Learned variance.

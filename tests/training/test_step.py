@@ -41,10 +41,16 @@ def test_every_stream_of_every_step_has_a_key_of_its_own():
 
 def test_keys_follow_from_the_root_and_the_step_alone():
     first, again = (step_keys(jax.random.key(3), jnp.int32(7)) for _ in range(2))
-    assert list(first) == ["t", "noise", "dropout"]  # a new stream goes at the end
+    assert list(first) == ["t", "noise", "dropout", "augment"]  # a new stream goes at the end
     assert {name: bits(key) for name, key in first.items()} == {
         name: bits(key) for name, key in again.items()
     }
+
+
+def test_a_stream_does_not_change_with_those_that_came_after_it():
+    key = jax.random.fold_in(ROOT, 7)
+    for i, name in enumerate(("t", "noise", "dropout")):
+        assert bits(step_keys(ROOT, jnp.int32(7))[name]) == bits(jax.random.fold_in(key, i))
 
 
 # The moving average.
@@ -73,10 +79,10 @@ class Quadratic:
     """
 
     def __init__(self):
-        self.given = []  # the keys of each step: of the noise, of the dropout
+        self.given = []  # the keys of each step: of the noise, the augmentation, the dropout
 
-    def rows(self, batch, t, counts, key, step):
-        self.given.append([key])
+    def rows(self, batch, t, counts, keys, step):
+        self.given.append([keys["noise"], keys["augment"]])
         return {"target": batch["image"], "share": counts / len(counts)}
 
     def __call__(self, params, batch_stats, rows, key):
@@ -149,9 +155,9 @@ def test_the_loss_is_given_the_keys_of_its_step():
             warmup=True,
             accumulate=1,
         )
-    for step, (noise, dropout) in enumerate(loss_fn.given):
+    for step, (noise, augment, dropout) in enumerate(loss_fn.given):
         expected = step_keys(ROOT, jnp.int32(step))
-        given = {"t": times[step], "noise": noise, "dropout": dropout}
+        given = {"t": times[step], "noise": noise, "dropout": dropout, "augment": augment}
         assert {name: bits(key) for name, key in given.items()} == {
             name: bits(key) for name, key in expected.items()
         }
@@ -229,8 +235,8 @@ def test_a_step_consumes_the_state_it_is_given(tiny_run):
 class Late(Quadratic):
     """A loss that is 0 in the first two steps."""
 
-    def rows(self, batch, t, counts, key, step):
-        return super().rows(batch, t, jnp.where(step >= 2, counts, 0.0), key, step)
+    def rows(self, batch, t, counts, keys, step):
+        return super().rows(batch, t, jnp.where(step >= 2, counts, 0.0), keys, step)
 
 
 def test_what_joins_later_joins_in_the_same_program():

@@ -85,7 +85,7 @@ def test_uniform_draws_remember_nothing():
 class Falling:
     """A loss of w · t for each row, as far as `train_step` looks into it."""
 
-    def rows(self, batch, t, counts, key, step):
+    def rows(self, batch, t, counts, keys, step):
         return {"t": t * 1.0, "share": counts / len(t)}
 
     def __call__(self, params, batch_stats, rows, key):
