@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
                 steps=1000,
                 ema_decay=0.999,
                 ema_warmup=True,  # a shorter memory in the first steps
+                init_from="",  # a work folder whose weights it starts from, where they fit
             ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),
