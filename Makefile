@@ -21,8 +21,9 @@ lint: .venv/installed-test
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-.venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[test]'
+# PyTorch is for the tests of jdm convert, at the version of constraints.txt.
+.venv/installed-test: .venv/installed constraints.txt
+	$(BIN)/pip install --quiet --editable '.[test,torch]' --constraint constraints.txt
 	touch $@
 
 clean:

@@ -123,6 +123,12 @@ def steps(workdir: epath.PathLike) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
+def items(workdir: epath.PathLike, step: int) -> set[str]:
+    """The items that a step holds, of `weights`, `train_state`, `data` and `config`."""
+    root = _folder(workdir) / str(step)
+    return {item for item in _HANDLERS if (root / item).is_dir()}
+
+
 def newest(workdir: epath.PathLike) -> int:
     """The newest step by name, not verified; what `load` takes where no step is named.
 

@@ -1,4 +1,4 @@
-"""The commands: jdm train, jdm sample, jdm eval.
+"""The commands: jdm train, jdm sample, jdm eval, jdm convert.
 
 Owns flags, and how an error reaches the user: one sentence and no traceback, with exit status 2
 for what was typed wrong and 1 for what went wrong on the way. Flags and configs are checked before
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments.overrides = overrides
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        if overrides and arguments.command != "train":
-            raise UsageError(f"{overrides[0]} goes with jdm train; a checkpoint has its config")
+        if overrides and getattr(arguments, "config", None) is None:
+            raise UsageError(f"{overrides[0]} goes with --config; a checkpoint has its config")
         arguments.run(arguments)
     except (UsageError, configs.ConfigError) as error:
         _exit(arguments.command, error, 2)
@@ -78,7 +78,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.labels is not None:
         asked = _numbers("labels", arguments.labels)
         labels = list(itertools.islice(itertools.cycle(asked), len(seeds)))
-    out = _writable(arguments.out)
+    out = _writable("out", arguments.out)
 
     use_compilation_cache()
     from jdm import sampling
@@ -142,6 +142,45 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"wrote {folder / 'report.json'}")
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """jdm convert"""
+    given = {name for name in ("source", "to", "checkpoint") if getattr(arguments, name)}
+    inwards = given == {"source"} and arguments.config and arguments.workdir
+    outwards = given == {"checkpoint", "to"} and not arguments.config and not arguments.workdir
+    if not inwards and not outwards:
+        raise UsageError(
+            "either --from, --config and --workdir, or --checkpoint and --to are needed"
+        )
+    config = configs.load(arguments.config, arguments.overrides) if inwards else None
+    if outwards:
+        _writable("to", arguments.to)
+
+    from jdm import convert as files
+    from jdm.checkpoint import CheckpointError
+
+    options = dict(without_head=arguments.without_head)
+    flag = "--workdir" if inwards else "--to"
+    try:
+        if inwards:
+            files.check_workdir(Path(arguments.workdir))
+            flag = "--from"
+            files.from_file(arguments.source, config, arguments.workdir, **options)
+            print(f"wrote the weights of {arguments.source} to {arguments.workdir}, as step 0")
+        else:
+            files.to_file(arguments.checkpoint, arguments.to, **options)
+            print(f"wrote the weights of {arguments.checkpoint} to {arguments.to}")
+    except files.ConvertError as error:
+        for difference in error.differences:
+            print(difference)
+        raise UsageError(f"{flag}: {error}") from error
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+    except CheckpointError as error:
+        raise (UsageError(f"--checkpoint: {error}") if outwards else Failure(error)) from error
+    except ImportError as error:
+        raise Failure(error) from error
+
+
 # What they share ---------------------------------------------------------------------------------
 
 
@@ -177,10 +216,10 @@ def _numbers(flag: str, text: str) -> list[int]:
     return numbers
 
 
-def _writable(out: str) -> Path:
+def _writable(flag: str, out: str) -> Path:
     path = Path(out)
     if not path.parent.is_dir():
-        raise UsageError(f"--out={out}: the folder {path.parent} does not exist")
+        raise UsageError(f"--{flag}={out}: the folder {path.parent} does not exist")
     return path
 
 
@@ -257,6 +296,24 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--split", default="test", help="train, validation or test (test)")
     new.add_argument("--data_dir", default="", help="where prepared data is, if not as in training")
     new.add_argument("--out", help="a folder for report.json")
+
+    new = command(
+        "convert",
+        convert,
+        "Weights of the published PyTorch implementation to a work folder, and back.",
+        "jdm convert --from=model.pt --config=reference/cifar10 --workdir=runs/ported; "
+        "jdm convert --checkpoint=runs/ported --to=model.safetensors",
+    )
+    new.add_argument("--from", dest="source", help="a state_dict, .pt or .safetensors")
+    new.add_argument("--config", help="of its network; --config.SECTION.KEY=VALUE overrides")
+    new.add_argument("--workdir", help="the work folder to make")
+    new.add_argument("--checkpoint", help="a work folder, or one of its checkpoints")
+    new.add_argument("--to", help="the file to write, .pt or .safetensors")
+    new.add_argument(
+        "--without-head",
+        action="store_true",
+        help="the file has no classifier: a new head is initialised, or the head is left out",
+    )
     return parser
 
 

@@ -22,12 +22,13 @@ from jdm.data.datasets import available, dataset
 from jdm.data.labels import hide_labels
 from jdm.data.pipeline import BatchIterator, load_split, train_batches
 from jdm.files import write_whole
-from jdm.joint import Joint
+from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
 from jdm.training.build import Run, build
 from jdm.training.step import TrainState
+from jdm.training.warm import new_arrays, warm_started
 
 
 class NonFiniteError(RuntimeError):
@@ -48,6 +49,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     if not dry_run:
         _check_available(config.data.name)
     run = prepare(config, mesh)
+    source = None
+    if config.train.init_from and not checkpoint.steps(workdir):
+        source = warm_source(config, run)
     claim(config, workdir, write=not dry_run)
     root = jax.random.key(config.seed)
 
@@ -73,10 +77,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         hosts=jax.process_count(),
     )
     step = _compile(config, run, mesh, root)
-    if newest is None:
-        state, start = run.init(root), 0
+    start = newest or 0
+    if newest is None and not config.train.init_from:
+        state = run.init(root)
+    elif newest is None:
+        state = start_warm(config, run, root, source or warm_source(config, run))
+    elif newest == 0 and "train_state" not in checkpoint.items(workdir, newest):
+        weights = checkpoint.restore(workdir, newest, weights=run.state.ema)["weights"]
+        state = warm_started(run.init(root), weights)
+        print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
     else:
-        state, start = restore(run, workdir, newest, batches), newest
+        state = restore(run, workdir, newest, batches)
         print(f"going on from step {newest} of {workdir}")
 
     def due(every: int, done: int) -> bool:
@@ -170,6 +181,25 @@ def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> Train
     )
     batches.set_state(checkpoint.read_data(workdir, step))
     return TrainState(ema=items["weights"], **items["train_state"])
+
+
+def warm_source(config: ConfigDict, run: Run) -> Joint:
+    """The model at train.init_from. Raises ConfigError where there is none whose network fits."""
+    path = config.train.init_from
+    try:
+        joint = load(path)
+        new_arrays(run.state.ema, joint.weights)
+    except (checkpoint.CheckpointError, ValueError) as error:
+        raise configs.ConfigError(f"config.train.init_from={path!r}: {error}") from error
+    return joint
+
+
+def start_warm(config: ConfigDict, run: Run, root: Any, source: Joint) -> TrainState:
+    """The state before the first step, with the weights of another run where they fit."""
+    new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
+    listed = f"; new: {', '.join(new)}" if new else ""
+    print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    return warm_started(run.init(root), source.weights)
 
 
 def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIterator) -> None:

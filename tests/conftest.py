@@ -8,10 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What the published implementation computed, stored; see the README there.
+FIXTURES = Path(os.environ.get("JDM_SHARED", ROOT.parent / "shared")) / "fixtures"
 CACHE = ROOT / ".cache"
 JDM = Path(sys.executable).with_name("jdm")
 
@@ -69,3 +73,57 @@ def trained(optimised):
 def tiny(trained) -> Path:
     """The work folder of a `tiny` run of 4 steps."""
     return trained("tiny")
+
+
+@pytest.fixture(scope="session")
+def published():
+    """published(name) -> a stored run of the published implementation: its config, the file of its
+    weights, and its arrays, images and feature maps as [B, H, W, C]."""
+    if not FIXTURES.is_dir():
+        pytest.skip(f"{FIXTURES} is not there; JDM_SHARED says where else it may be")
+    pytest.importorskip("torch", reason="PyTorch (the extra torch) reads the published weights")
+
+    def get(name: str) -> SimpleNamespace:
+        with np.load(FIXTURES / f"{name}.npz") as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        for key, x in arrays.items():
+            if x.ndim >= 4 and not key.startswith("grad/"):
+                arrays[key] = np.moveaxis(x, -3, -1)
+        flags = json.loads((FIXTURES / f"{name}.json").read_text())
+        return SimpleNamespace(
+            config=config_of(flags), file=FIXTURES / f"{name}.pt", arrays=arrays, flags=flags
+        )
+
+    return get
+
+
+def config_of(flags: dict):
+    """Our config for the published implementation's flags."""
+    from jdm import config as configs
+
+    config = configs.load("reference/cifar10")
+    size = flags["image_size"]
+    factors = [size // int(side) for side in flags["attention_resolutions"].split(",")]
+    levels = {28: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4)}[size]
+    learned = flags["learn_sigma"]
+    config.model.update(
+        image_size=size,
+        image_channels=flags["in_channels"],
+        num_classes=flags["num_classes"],
+        channels=flags["num_channels"],
+        multipliers=levels,
+        blocks=flags["num_res_blocks"],
+        attention=tuple(size // 2**i for i in range(len(levels)) if 2**i in factors),
+        heads=flags["num_heads"],
+        learned_variance=learned,
+        resample="resblock" if flags["resblock_updown"] else "conv",
+        attention_order="qkv_first" if flags["use_new_attention_order"] else "head_first",
+    )
+    config.diffusion.update(
+        steps=flags["diffusion_steps"],
+        schedule=flags["noise_schedule"],
+        prediction="x0" if flags["predict_xstart"] else "eps",
+        variance="learned" if learned else "fixed_large",
+    )
+    configs.check(config, "the published flags")
+    return config

@@ -86,8 +86,19 @@ def test_train_sample_eval(tmp_path):
         (["sample", "--checkpoint=w", "--seeds=a-b"], "--seeds=a-b"),
         (["sample", "--checkpoint=w", "--out=absent/x.png"], "--out=absent/x.png"),
         (["sample", "--checkpoint=absent"], "--checkpoint=absent"),
-        (["sample", "--checkpoint=w", "--config.optim.lr=1"], "goes with jdm train"),
+        (["sample", "--checkpoint=w", "--config.optim.lr=1"], "goes with --config"),
         (["eval", "--checkpoint=absent"], "--checkpoint=absent"),
+        (["convert", "--from=x.pt", "--workdir=w"], "either --from, --config and --workdir, or"),
+        (["convert", "--from=x.pt", "--to=y.pt"], "either --from, --config and --workdir, or"),
+        (["convert", "--checkpoint=w", "--to=absent/x.pt"], "--to=absent/x.pt: the folder"),
+        (
+            ["convert", "--from=x.pt", "--config=tiny", "--workdir=w", "--config.model.head=x"],
+            "config.model.head='x' is unknown",
+        ),
+        (
+            ["convert", "--from=x.pt", "--config=reference/cifar10", "--workdir=w"],
+            "--from: x.pt is not a file",
+        ),
         (["samples"], "samples"),
     ],
 )
@@ -165,7 +176,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "convert"])
 def test_help_has_an_example(command):
     done = run(command, "--help")
     assert done.returncode == 0 and f"example: jdm {command} --" in " ".join(done.stdout.split())

@@ -312,7 +312,7 @@ def test_every_number_has_a_range():
     numbers = {key for key, value in KEYS.items() if type(value) in (int, float, tuple)}
     assert numbers == set(RANGES)
     names = {key for key, value in KEYS.items() if type(value) is str}
-    assert names == set(CHOICES) | {"data.dir"}
+    assert names == set(CHOICES) | {"data.dir", "train.init_from"}
 
 
 @pytest.mark.parametrize(

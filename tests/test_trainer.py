@@ -130,6 +130,60 @@ def test_averages_are_sums_over_counts_and_name_the_first_bad_step():
         trainer.fetch([row(1, 1), row(np.nan, 1), row(np.inf, 1)], first=10)
 
 
+@pytest.fixture
+def source(tiny, tmp_path):
+    """A trained work folder that a test may delete."""
+    return shutil.copytree(tiny, tmp_path / "source")
+
+
+def test_a_warm_start_begins_with_the_weights_of_another_run(source, tmp_path, capsys):
+    workdir, saved = tmp_path / "run", load(source).params
+    config = config_of(train=dict(init_from=str(source), steps=1))
+    config.seed = 7  # that of the source would begin near its weights anyway
+    trainer.train(config, workdir)
+    count = len(jax.tree.leaves(saved))
+    assert f"restored {count} of {count} arrays of {source}\n" in capsys.readouterr().out
+    for ours, theirs in zip(*map(jax.tree.leaves, (load(workdir).params, saved)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1.1 * config.optim.lr)  # one step of Adam
+    shutil.rmtree(source)  # it is not needed any more
+    trainer.train(config, workdir)
+    assert "trained already" in capsys.readouterr().out
+
+
+def test_a_warm_start_with_another_head_says_what_is_new(source, capsys):
+    config = config_of(model=dict(head_width=12), train=dict(init_from=str(source)))
+    run = trainer.prepare(config, trainer.make_mesh())
+    saved = trainer.warm_source(config, run)
+    state = trainer.start_warm(config, run, jax.random.key(0), saved)
+    total = len(jax.tree.leaves(saved.params))
+    said = capsys.readouterr().out
+    assert f"restored {total - 7} of {total} arrays of {source}; new: head/" in said
+    assert all(f"head/{name}" in said for name in ("in/kernel", "time/bias", "out/kernel"))
+    assert "unet" not in said and "head/out/bias" not in said
+    for tree in (state.params, state.ema["params"]):
+        jax.tree.map(np.testing.assert_array_equal, tree["unet"], saved.params["unet"])
+        assert tree["head"]["in"]["kernel"].shape[1] == 12
+    assert state.step == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "said"),
+    [
+        ({}, "absent", "no checkpoint in "),
+        ({"channels": 16}, "source", "its network is another: unet/"),
+    ],
+)
+def test_a_warm_start_from_nowhere_is_one_sentence_before_any_work(
+    source, tmp_path, model, path, said
+):
+    config = config_of(model=model, train=dict(init_from=str(tmp_path / path)))
+    with pytest.raises(configs.ConfigError) as info:
+        trainer.train(config, tmp_path / "run")
+    sentence = str(info.value)
+    assert sentence.startswith(f"config.train.init_from='{tmp_path / path}': {said}")
+    assert "\n" not in sentence and not (tmp_path / "run").exists()
+
+
 def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
     reads = []
     fetch = trainer.fetch

@@ -1,0 +1,347 @@
+"""jdm.convert: every name and byte there and back, and what is refused in which words."""
+
+import collections
+import json
+import os
+import pickle
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import jdm
+from jdm import checkpoint, cli, convert, trainer
+from jdm import config as configs
+from jdm.joint import abstract_weights
+from jdm.mesh import make_mesh, replicated
+from jdm.nn.model import JointModel
+
+torch = pytest.importorskip("torch", reason="PyTorch (the extra torch) reads and writes the files")
+
+
+def config_of(*overrides: str):
+    """Of what is quickest to compile; tests of names alone take other networks."""
+    small = ("model.multipliers=(1,)", "model.attention=()", "loss.classify=noised")
+    plain = ("model.dropout=0.0", "model.head_dropout=0.0", "optim.clip_norm=0.0")
+    settings = ("model.head=published", *small, *plain, *overrides)
+    return configs.load("tiny", [f"--config.{setting}" for setting in settings])
+
+
+CONFIG = config_of()
+MODEL = JointModel(**CONFIG.model)
+
+
+def state_dict(model=MODEL, seed: int = 0, head: bool = True) -> dict:
+    """Random weights as the published implementation would save them."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: torch.from_numpy(
+            np.array(rng.integers(1, 99))
+            if entry.dtype == np.int64
+            else rng.uniform(0.5, 1.5, entry.shape).astype(np.float32)
+        )
+        for name, entry in convert.entries(model, head).items()
+    }
+
+
+STATE = state_dict()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("published") / "model.pt"
+    torch.save(STATE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ported(file, tmp_path_factory):
+    """The work folder of the file."""
+    workdir = tmp_path_factory.mktemp("ported") / "run"
+    convert.from_file(file, CONFIG, workdir)
+    return workdir
+
+
+def assert_same_bytes(ours, theirs, ordered=True):
+    assert not ordered or list(ours) == list(theirs)
+    assert set(ours) == set(theirs)
+    for name, x in theirs.items():
+        ours_x, x = np.asarray(ours[name]), np.asarray(x)
+        assert (ours_x.shape, ours_x.dtype) == (x.shape, x.dtype), name
+        assert ours_x.tobytes() == x.tobytes(), name
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("name", ["grey28", "grey28_x0_updown", "rgb32_learned", "rgb64_neworder"])
+def test_stored_files_come_back_to_the_byte(published, name, tmp_path):
+    stored = published(name)
+    model = JointModel(**stored.config.model)
+    weights = convert.load_weights(stored.file, stored.config)
+    ours = flatten_dict(abstract_weights(model, replicated(make_mesh())))
+    assert {path: (x.shape, x.dtype) for path, x in flatten_dict(weights).items()} == {
+        path: (x.shape, x.dtype) for path, x in ours.items()
+    }
+    convert.write(tmp_path / "back.pt", convert.state_dict(model, weights))
+    theirs = torch.load(stored.file, weights_only=True)
+    assert_same_bytes(torch.load(tmp_path / "back.pt", weights_only=True), theirs)
+
+
+@pytest.mark.parametrize("ending", convert.ENDINGS)
+def test_a_work_folder_comes_back_to_the_byte(ported, ending, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / f"back{ending}"
+    convert.to_file(ported, path)
+    assert_same_bytes(convert.read(path), STATE, ordered=ending == ".pt")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if ending == ".safetensors":  # which is read as well
+        weights = convert.load_weights(path, CONFIG)
+        assert_same_bytes(convert.state_dict(MODEL, weights), STATE)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.multipliers=(1,2)", "model.attention=(4,)", "model.blocks=2"),
+        ("model.multipliers=(1,2,2)", "model.attention=(8,)", "model.resample=resblock"),
+    ],
+    ids=["conv", "resblock"],
+)
+def test_every_array_of_ours_has_one_name(overrides):
+    model = JointModel(**config_of(*overrides).model)
+    paths = [entry.path for entry in convert.entries(model, head=True).values()]
+    ours = flatten_dict(abstract_weights(model, replicated(make_mesh())))
+    assert len(paths) == len(set(paths)) and set(paths) == set(ours)
+
+
+def test_averages_in_an_ordered_dict_are_read_too(file, tmp_path):
+    parameters = {n: torch.nn.Parameter(x, x.is_floating_point()) for n, x in STATE.items()}
+    torch.save(collections.OrderedDict(parameters), tmp_path / "ema.pt")
+    assert_same_bytes(convert.read(tmp_path / "ema.pt"), convert.read(file))
+
+
+def test_the_work_folder_holds_weights_and_config_at_step_0(ported):
+    assert checkpoint.steps(ported) == [0]
+    assert checkpoint.items(ported, 0) == {"weights", "config"}
+    assert configs.from_dict(json.loads((ported / "config.json").read_text())) == CONFIG
+    joint = jdm.load(ported)
+    count = joint.weights["batch_stats"]["head"]["norm_in"]["count"]
+    assert count == STATE["clasifier.bn_1.num_batches_tracked"].item()
+
+
+def test_it_is_sampled_evaluated_and_trained_on(ported, capsys):
+    """Once, with a work folder of its own steps after that."""
+    samples = jdm.sample(ported, 1, steps=1)
+    assert samples.images.shape == (1, 8, 8, 1)
+    longer = config_of("train.steps=2", "checkpoint.every=1")
+    trainer.train(longer, ported)
+    assert "holds weights only: training starts from them, with a new optimiser" in (
+        capsys.readouterr().out
+    )
+    rows = [json.loads(line) for line in (ported / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and "eval/accuracy" in rows[-1]
+    before, after = (jdm.load(ported, step).weights for step in (0, 1))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"])
+    largest = max(jax.tree.leaves(moved))
+    assert 0 < largest < 2 * CONFIG.optim.lr  # one step of Adam from the converted weights
+    counts = [w["batch_stats"]["head"]["norm_in"]["count"] for w in (before, after)]
+    assert counts[1] == counts[0] + 1
+    trainer.train(config_of("train.steps=3", "checkpoint.every=1"), ported)
+    assert "going on from step 2" in capsys.readouterr().out
+
+
+# Files without a classifier.
+
+
+@pytest.fixture
+def headless(tmp_path):
+    path = tmp_path / "unet.pt"
+    torch.save({n: x for n, x in STATE.items() if not n.startswith("clasifier.")}, path)
+    return path
+
+
+def test_a_file_without_a_classifier_needs_a_flag(headless, tmp_path):
+    assert "--without-head" in refused(headless, CONFIG, tmp_path / "run")
+    convert.from_file(headless, CONFIG, tmp_path / "run", without_head=True)
+    weights = jdm.load(tmp_path / "run").weights
+    assert (weights["batch_stats"]["head"]["norm_in"]["var"] == 1).all()
+    assert np.std(weights["params"]["head"]["in"]["kernel"]) > 0.01
+    convert.to_file(tmp_path / "run", tmp_path / "back.pt", without_head=True)
+    assert_same_bytes(convert.read(tmp_path / "back.pt"), convert.read(headless))
+
+
+def test_our_own_head_has_no_place_in_a_file(headless, tiny, tmp_path):
+    own = configs.load("tiny")
+    for given in (
+        lambda: convert.load_weights(headless, own),
+        lambda: convert.to_file(tiny, tmp_path / "back.pt"),
+    ):
+        with pytest.raises(convert.ConvertError, match="^model.head='normalised' .*--without-head"):
+            given()
+    convert.to_file(tiny, tmp_path / "back.pt", without_head=True)
+    names = convert.entries(JointModel(**own.model), head=False)
+    assert list(convert.read(tmp_path / "back.pt")) == list(names)
+
+
+def test_a_file_with_a_classifier_is_not_stripped_of_it(file, tmp_path):
+    with pytest.raises(
+        convert.ConvertError, match="clasifier.bn_1.weight: the config wants nothing"
+    ):
+        convert.from_file(file, CONFIG, tmp_path / "run", without_head=True)
+
+
+# Bad input.
+
+
+def refused(path, config, workdir) -> str:
+    """The sentence that a file is refused with; nothing is written."""
+    before = set(workdir.parent.iterdir())
+    with pytest.raises(convert.ConvertError) as error:
+        convert.from_file(path, config, workdir)
+    sentence = str(error.value)
+    assert "\n" not in sentence and str(path) in sentence
+    assert set(workdir.parent.iterdir()) == before
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "overrides, first, more",
+    [
+        (
+            ["model.channels=16"],
+            "clasifier.bn_1.weight: the config wants float32[49], the file",
+            79,
+        ),
+        (
+            ["model.blocks=2"],
+            "clasifier.bn_1.weight: the config wants float32[33], the file has",
+            32,
+        ),
+        (["model.num_classes=7"], "clasifier.fc_2.weight: the config wants float32[7, 12], the", 1),
+        (["model.attention=(8,)"], "input_blocks.1.1.norm.weight: the config wants float32[8]", 17),
+        (
+            ["model.learned_variance=True", "diffusion.variance=learned"],
+            "out.2.weight: the config wants float32[2, 8, 3, 3], the file has float32[1, 8, 3, 3]",
+            1,
+        ),
+    ],
+)
+def test_a_config_of_another_network(file, tmp_path, overrides, first, more):
+    sentence = refused(file, config_of(*overrides), tmp_path / "run")
+    assert first in sentence and sentence.endswith(f"; {more} more differ")
+
+
+CHANGES = {
+    "other": (lambda s: {"layer1.0.conv1.weight": torch.zeros(3)}, "the file has nothing", None),
+    "missing": (lambda s: s.pop("out.2.bias") and s, "out.2.bias: the config wants float32[1]", 0),
+    "extra": (lambda s: {**s, "label_emb.weight": torch.zeros(3)}, "label_emb.weight", 0),
+    "shape": (lambda s: {**s, "out.2.bias": torch.zeros(3)}, "the file has float32[3]", 0),
+    "half": (lambda s: {n: x.half() for n, x in s.items()}, "the file has float16", None),
+    "count": (
+        lambda s: {**s, "clasifier.bn_2.num_batches_tracked": torch.tensor(2**31)},
+        "num_batches_tracked is 2147483648, which is no count",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_does_not_fit(tmp_path, name):
+    change, said, more = CHANGES[name]
+    torch.save(change(dict(STATE)), tmp_path / "model.pt")
+    sentence = refused(tmp_path / "model.pt", CONFIG, tmp_path / "run")
+    assert said in sentence
+    assert ("more differ" in sentence) == (more is None)
+
+
+def test_every_difference_is_listed(file):
+    with pytest.raises(convert.ConvertError) as error:
+        convert.load_weights(file, config_of("model.num_classes=7"))
+    listed = error.value.differences
+    assert [line.split(":")[0] for line in listed] == [
+        "clasifier.fc_2.weight",
+        "clasifier.fc_2.bias",
+    ]
+
+
+class Code:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("make", ["zip", "pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, make):
+    trap, path = tmp_path / "trap", tmp_path / "model.pt"
+    content = {**STATE, "more": Code(trap)}
+    if make == "zip":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content["more"]))
+    sentence = refused(path, CONFIG, tmp_path / "run")
+    assert "code in a file is never run" in sentence and not trap.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 100, 20_000])
+@pytest.mark.parametrize("ending", convert.ENDINGS)
+def test_a_truncated_file(file, ported, tmp_path, keep, ending):
+    path = tmp_path / f"cut{ending}"
+    convert.to_file(ported, tmp_path / f"whole{ending}")
+    path.write_bytes((tmp_path / f"whole{ending}").read_bytes()[:keep])
+    assert "damaged" in refused(path, CONFIG, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"step": 3}, {1: STATE["out.2.bias"]}, STATE["out.2.bias"]]
+)
+def test_a_file_that_holds_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "holds no state_dict" in refused(tmp_path / "model.pt", CONFIG, tmp_path / "run")
+
+
+def test_the_command_converts_both_ways_and_lists_what_differs(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command replaces
+    plain, ours = (configs.flatten(config) for config in (configs.load("tiny"), CONFIG))
+    overrides = [f"--config.{key}={ours[key]}" for key in ours if ours[key] != plain[key]]
+    inwards = ["convert", f"--from={file}", "--config=tiny", *overrides]
+    cli.main([*inwards, f"--workdir={tmp_path / 'run'}"])
+    cli.main(["convert", f"--checkpoint={tmp_path / 'run'}", f"--to={tmp_path / 'back.pt'}"])
+    assert_same_bytes(convert.read(tmp_path / "back.pt"), STATE)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"wrote the weights of {file} to {tmp_path / 'run'}, as step 0",
+        f"wrote the weights of {tmp_path / 'run'} to {tmp_path / 'back.pt'}",
+    ]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*inwards, "--config.model.num_classes=7", f"--workdir={tmp_path / 'other'}"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"jdm convert: --from: {file} does not fit the config: clasifier.fc_2")
+    listed = [line.split(":")[0] for line in out.splitlines()]
+    assert listed == ["clasifier.fc_2.weight", "clasifier.fc_2.bias"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_paths_that_cannot_be_right(file, ported, tmp_path):
+    assert "is not a file" in refused(tmp_path / "absent.pt", CONFIG, tmp_path / "run")
+    assert "must end in one of .pt, .safetensors" in refused(
+        tmp_path / "model.ckpt", CONFIG, tmp_path / "run"
+    )
+    with pytest.raises(convert.ConvertError, match="exists and is not empty"):
+        convert.from_file(file, CONFIG, ported)
+    with pytest.raises(convert.ConvertError, match="must end in one of"):
+        convert.to_file(ported, tmp_path / "model.onnx")
+
+
+def test_without_pytorch_it_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"needs torch: pip install 'jdm\[torch\]'"):
+        convert.read(file)
