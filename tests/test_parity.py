@@ -14,7 +14,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jdm import convert
-from jdm.diffusion.process import Diffusion, Level
+from jdm.diffusion import guidance
+from jdm.diffusion.guidance import Network
+from jdm.diffusion.process import Diffusion, Estimate, Level
 from jdm.diffusion.samplers import SAMPLERS, Position
 from jdm.joint import make_network
 from jdm.nn.model import JointModel
@@ -112,10 +114,12 @@ def test_reverse_step(run, passed):
     diffusion, (raw, _, _) = run.diffusion, passed
     estimate = diffusion.estimate(raw, run.x_t, run.t)
     x0 = diffusion.x0_from_eps(run.x_t, run.t, estimate.eps)
-    # The estimate of x0 goes through eps, and where x0 is what the network predicts the way back
-    # costs the digits that a small sqrt(abar) has too few of.
-    lost = {"eps": 0.0, "x0": 2e-7 / np.sqrt(diffusion.abar[np.asarray(run.t)].min())}
-    assert_close(run, "pred_x0", x0, 1e-4 + lost[diffusion.prediction])
+    tolerance = 1e-4
+    if diffusion.prediction == "x0":
+        assert_close(run, "pred_x0", raw)
+        # To samplers it goes through eps, and the way back costs digits where sqrt(abar) is small.
+        tolerance += 2e-7 / np.sqrt(diffusion.abar[np.asarray(run.t)].min())
+    assert_close(run, "pred_x0", x0, tolerance)
     assert_close(run, "p_mean", diffusion.posterior_mean(x0, run.x_t, *diffusion.levels(run.t)))
     log_variance = estimate.log_variance
     if log_variance is None:
@@ -134,31 +138,29 @@ def test_the_last_twenty_steps_of_a_chain(run):
     assert_close(run, "chain_end", x, 1e-3)
 
 
-def test_published_guidance(run, passed):
+def test_published_guidance(run):
     """Every representation moved by +10 times its total derivative of the summed cross-entropy."""
     model, rows = run.model, len(run.t)
 
     @jax.jit
-    def both(weights, x, t, told, labels, nudges):
+    def both(weights, x, t, told, labels):
         """Gradients at the representations; the head is told the time of the first rows, then 0."""
-
-        def entropy(nudges):
-            features = model.apply(weights, x, t, nudges, method="encode")
-            logits = model.apply(weights, features, told, method="classify")
-            each = entropies(logits, labels)
-            return each.sum(), (each, features)
-
-        gradients, (each, features) = jax.grad(entropy, has_aux=True)(nudges)
-        moved = jax.tree.map(lambda z, dz: z + 10 * dz, features, gradients)
-        return each, gradients, model.apply(weights, moved, t, method="decode")
+        network = Network(
+            encode=lambda x, t, nudges=None: model.apply(weights, x, t, nudges, method="encode"),
+            decode=lambda z, x, t: Estimate(model.apply(weights, z, t, method="decode")),
+            classify=lambda z, t: model.apply(weights, z, told, method="classify"),
+        )
+        _, up, features = guidance.gradients(network, x, t, labels)
+        each = entropies(network.classify(features, t), labels)
+        moved = guidance.published(network, run.diffusion, labels, 10.0)(x, t)
+        return each, jax.tree.map(jnp.negative, up), moved.eps  # here: what the decoder says
 
     def twice(x):
         return jnp.concatenate([x, x])
 
-    nudges = jax.tree.map(lambda z: twice(jnp.zeros_like(z)), passed[1])
     told = jnp.concatenate([run.t, 0 * run.t])
     inputs = map(twice, (run.x_t, run.t))
-    each, gradients, outputs = both(run.weights, *inputs, told, twice(run.labels), nudges)
+    each, gradients, outputs = both(run.weights, *inputs, told, twice(run.labels))
     assert_close(run, "guided_output_scale10", outputs[:rows])
     assert_close(run, "guided_output_scale10_head_t0", outputs[rows:])
     assert_close(run, "guided_ce_sum", each[:rows].sum())
@@ -173,8 +175,10 @@ def test_published_guidance(run, passed):
 def test_gradients_of_the_loss(run):
     """mean(mse) + 0.001 ce, of noised images and of clean ones at t = 0."""
     names = [name.removeprefix("grad/") for name in run.stored if name.startswith("grad/")]
-    if not names:
-        pytest.skip("no gradients are stored of this run")
+    if run.name == "grey28_x0_updown":
+        assert not names
+        pytest.skip("the published run of x0 prediction has no gradients stored")
+    assert names
     model, diffusion, rows = run.model, run.diffusion, len(run.t)
     flat = flatten_dict(run.weights["params"])
     paths = {name: run.entries[name].path[1:] for name in names}

@@ -100,10 +100,10 @@ def pixel(network: Network, diffusion: Diffusion, labels: Labels, scale: Scale) 
     return eps_fn
 
 
-def _gradients(network: Network, x: Images, t: Times, labels: Labels):
-    """(gradient of log p(y) with respect to x, that with respect to every Z, Z).
+def gradients(network: Network, x: Images, t: Times, labels: Labels):
+    """(g of (13) [B, H, W, C], dZ of (14), Z), the last two of the same shapes, at (x, t).
 
-    The second is the total derivative: a nudge of a representation goes through all later blocks.
+    dZ is the total derivative: a nudge of a representation goes through all later blocks.
     """
 
     def log_likelihood(x, nudges):
@@ -120,7 +120,7 @@ def representation(network: Network, diffusion: Diffusion, labels: Labels, scale
     """(14), in the sense that moves the image toward the class. scale: s, as in (13)."""
 
     def eps_fn(x: Images, t: Times):
-        g, direction, features = _gradients(network, x, t, labels)
+        g, direction, features = gradients(network, x, t, labels)
         p = REACH * _length(features) / jnp.maximum(_length(direction), TINY)
 
         def moved(p):
@@ -146,7 +146,7 @@ def published(network: Network, diffusion: Diffusion, labels: Labels, scale: Sca
     del diffusion
 
     def eps_fn(x: Images, t: Times):
-        _, direction, features = _gradients(network, x, t, labels)
+        _, direction, features = gradients(network, x, t, labels)
         there = jax.tree.map(lambda z, dz: z - scale * dz, features, direction)
         return network.decode(there, x, t)
 

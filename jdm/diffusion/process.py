@@ -63,6 +63,14 @@ def _beta(at_t: Level, at_s: Level) -> Array:
     return at_t.noise - at_s.noise * (at_t.abar / at_s.abar)
 
 
+def _posterior_scales(at_t: Level, at_s: Level) -> tuple[Array, Array]:
+    """(c, d) of the mean c x_0 + d x_t of (2); exactly (1, 0) where s is the clean image."""
+    return (
+        jnp.sqrt(at_s.abar) * _beta(at_t, at_s) / at_t.noise,
+        jnp.sqrt(at_t.abar / at_s.abar) * at_s.noise / at_t.noise,
+    )
+
+
 def _linear(first: float, last: float) -> Callable[[int], np.ndarray]:
     """Betas from first·s to last·s, s = 1000/T, so that any T ends at about the same abar."""
 
@@ -204,11 +212,7 @@ class Diffusion:
 
     def posterior_scales(self, t: Times) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
         """(c, d) of the mean c x_0 + d x_t of (2) for s = t - 1; (1, 0) at t = 0."""
-        abar_prev = np.append(1.0, self.abar[:-1])
-        of_x0 = np.sqrt(abar_prev) * self.betas / (1 - self.abar)
-        of_xt = np.sqrt(1 - self.betas) * (1 - abar_prev) / (1 - self.abar)
-        of_x0[0] = 1  # exactly, where rounding might not be
-        return self.at(of_x0, t), self.at(of_xt, t)
+        return _posterior_scales(*self.levels(t))
 
     # Between x0, xt, eps and what the network predicts.
 
@@ -251,8 +255,7 @@ class Diffusion:
         raw: [B, H, W, C], or [B, H, W, 2C] with learned variance.
         """
         mean, variance = self.split(raw)
-        scales = (*self.scales(t), *self.posterior_scales(t))
-        eps = PREDICTIONS[self.prediction](mean, xt, *scales)
+        eps = PREDICTIONS[self.prediction](mean, xt, *self.scales(t), *self.posterior_scales(t))
         if variance is None:
             return Estimate(eps)
         fraction = (variance + 1) / 2
@@ -266,11 +269,8 @@ class Diffusion:
 
         at_t, at_s: broadcast against the images.
         """
-        beta = _beta(at_t, at_s)
-        return (
-            jnp.sqrt(at_s.abar) * beta / at_t.noise * x0
-            + jnp.sqrt(at_t.abar / at_s.abar) * at_s.noise / at_t.noise * xt
-        )
+        c, d = _posterior_scales(at_t, at_s)
+        return c * x0 + d * xt
 
     def step_variance(self, at_t: Level, at_s: Level) -> Array:
         """Variance of q(x_s | x_t, x_0) (2); 0 where s is the clean image."""
