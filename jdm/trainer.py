@@ -49,9 +49,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     if not dry_run:
         _check_available(config.data.name)
     run = prepare(config, mesh)
-    source = None
-    if config.train.init_from and not checkpoint.steps(workdir):
-        source = warm_source(config, run)
+    fresh = not checkpoint.steps(workdir)
+    source = warm_source(config, run) if config.train.init_from and fresh else None
     claim(config, workdir, write=not dry_run)
     root = jax.random.key(config.seed)
 
@@ -78,17 +77,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     )
     step = _compile(config, run, mesh, root)
     start = newest or 0
-    if newest is None and not config.train.init_from:
-        state = run.init(root)
-    elif newest is None:
-        state = start_warm(config, run, root, source or warm_source(config, run))
-    elif newest == 0 and "train_state" not in checkpoint.items(workdir, newest):
-        weights = checkpoint.restore(workdir, newest, weights=run.state.ema)["weights"]
-        state = warm_started(run.init(root), weights)
-        print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
+    if newest is None:
+        state = begin(config, run, root, source)
     else:
-        state = restore(run, workdir, newest, batches)
-        print(f"going on from step {newest} of {workdir}")
+        state = resume(run, workdir, newest, batches, root)
 
     def due(every: int, done: int) -> bool:
         return done == config.train.steps or (every > 0 and done % every == 0)
@@ -173,14 +165,18 @@ def claim(config: ConfigDict, workdir: Path, write: bool) -> None:
         write_whole(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
 
 
-def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> TrainState:
-    """The state that was saved at a step; `batches` takes its position."""
-    abstract = run.state
-    items = checkpoint.restore(
-        workdir, step, weights=abstract.ema, train_state=_without_ema(abstract)
-    )
-    batches.set_state(checkpoint.read_data(workdir, step))
-    return TrainState(ema=items["weights"], **items["train_state"])
+def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> TrainState:
+    """The state before the first step: new, or with the weights of train.init_from.
+
+    source: the model there, where it was loaded already.
+    """
+    if not config.train.init_from:
+        return run.init(root)
+    source = source or warm_source(config, run)
+    new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
+    listed = f"; new: {', '.join(new)}" if new else ""
+    print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    return warm_started(run.init(root), source.weights)
 
 
 def warm_source(config: ConfigDict, run: Run) -> Joint:
@@ -194,12 +190,27 @@ def warm_source(config: ConfigDict, run: Run) -> Joint:
     return joint
 
 
-def start_warm(config: ConfigDict, run: Run, root: Any, source: Joint) -> TrainState:
-    """The state before the first step, with the weights of another run where they fit."""
-    new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
-    listed = f"; new: {', '.join(new)}" if new else ""
-    print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
-    return warm_started(run.init(root), source.weights)
+def resume(run: Run, workdir: Path, step: int, batches: BatchIterator, root: Any) -> TrainState:
+    """The state that a checkpoint goes on from, after saying which.
+
+    That of a run, with the position of `batches`; or, where a conversion left weights alone, those.
+    """
+    if step > 0 or "train_state" in checkpoint.items(workdir, step):
+        print(f"going on from step {step} of {workdir}")
+        return restore(run, workdir, step, batches)
+    print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
+    weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]
+    return warm_started(run.init(root), weights)
+
+
+def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> TrainState:
+    """The state that was saved at a step; `batches` takes its position."""
+    abstract = run.state
+    items = checkpoint.restore(
+        workdir, step, weights=abstract.ema, train_state=_without_ema(abstract)
+    )
+    batches.set_state(checkpoint.read_data(workdir, step))
+    return TrainState(ema=items["weights"], **items["train_state"])
 
 
 def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIterator) -> None:

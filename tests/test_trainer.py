@@ -154,7 +154,7 @@ def test_a_warm_start_with_another_head_says_what_is_new(source, capsys):
     config = config_of(model=dict(head_width=12), train=dict(init_from=str(source)))
     run = trainer.prepare(config, trainer.make_mesh())
     saved = trainer.warm_source(config, run)
-    state = trainer.start_warm(config, run, jax.random.key(0), saved)
+    state = trainer.begin(config, run, jax.random.key(0), saved)
     total = len(jax.tree.leaves(saved.params))
     said = capsys.readouterr().out
     assert f"restored {total - 7} of {total} arrays of {source}; new: head/" in said
