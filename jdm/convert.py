@@ -320,15 +320,18 @@ def check_ending(path: str | os.PathLike) -> str:
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """{name: array} of a state_dict on disk, in its order.
 
-    Raises ConvertError for a file that is missing, damaged, holds code or no state_dict.
+    Raises ConvertError for a file that is missing, damaged, holds code or no state_dict; OSError
+    where it cannot be opened.
     """
     ending = check_ending(path)
     if not Path(path).is_file():
         raise ConvertError(f"{path} is not a file")
+    with open(path, "rb"):
+        pass  # what may not be opened is not damaged
     load_file = {".pt": _read_torch, ".safetensors": _read_safetensors}[ending]
     try:
         return load_file(path)
-    except (ConvertError, ImportError):
+    except (ConvertError, ImportError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
@@ -336,7 +339,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ConvertError(
             f"{path} is damaged or holds more than weights{what}, and code in a file is never run"
         ) from error
-    except Exception as error:  # PyTorch has no type of its own for "damaged"
+    # PyTorch has no type of its own for "damaged": a file that was cut is an OSError, a
+    # RuntimeError or an EOFError, depending on where.
+    except Exception as error:
         cause = str(error).split("\n")[0] or type(error).__name__
         raise ConvertError(f"{path} is damaged or no state_dict: {cause}") from error
 
