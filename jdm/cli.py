@@ -91,6 +91,7 @@ def sample(arguments: argparse.Namespace) -> None:
         guidance=arguments.guidance,
         scale=arguments.scale,
         eta=arguments.eta,
+        clip=arguments.clip,
         batch_size=arguments.batch_size,
     )
     try:
@@ -283,6 +284,12 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", default="50", help="noise levels visited, or of each section: 10,10,20 (50)"
     )
     new.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
+    new.add_argument(
+        "--no-clip",
+        dest="clip",
+        action="store_false",
+        help="estimates of the clean image may leave the range of pixels, as in the published code",
+    )
     new.add_argument("--batch_size", type=int, default=64, help="images per device and call (64)")
     new.add_argument("--out", default="samples.png", help="a .png or .npz file (samples.png)")
 

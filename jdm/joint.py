@@ -128,6 +128,13 @@ def opened(joint: "Joint | str | os.PathLike") -> Joint:
     return joint if isinstance(joint, Joint) else load(joint)
 
 
+def named(joint: "Joint | str | os.PathLike | None") -> str | None:
+    """What to write down of a Joint that was given: its path, where that is what was given."""
+    if joint is None:
+        return None
+    return "a Joint" if isinstance(joint, Joint) else os.fspath(joint)
+
+
 def check_images(joint: Joint, images: Any) -> np.ndarray:
     """Images [N, H, W, C] as the network takes them: uint8, or float32 in [-1, 1].
 

@@ -26,7 +26,7 @@ from jdm.diffusion.process import float_to_pixels, pick
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.diffusion.samplers import sample as run_sampler
 from jdm.files import write_whole
-from jdm.joint import Joint, judged_by, make_network, opened
+from jdm.joint import Joint, judged_by, make_network, named, opened
 from jdm.mesh import by_row, make_mesh
 from jdm.tracking import Progress
 
@@ -123,9 +123,10 @@ def sample(
         guidance=guidance,
         scale=scale,
         eta=eta,
+        clip=clip,
         batch_size=batch_size,
     )
-    settings["clip"] = clip
+    settings["classifier"] = named(classifier)
     if guidance == "none" and labels is not None:
         warnings.warn(
             "labels are given, but guidance='none' does not use them; "
@@ -171,6 +172,7 @@ def check(
     guidance: str,
     scale: float | None,
     eta: float,
+    clip: bool,
     batch_size: int,
     classifier: Joint | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any]]:
@@ -195,7 +197,9 @@ def check(
         raise ValueError(f"guidance={guidance!r} needs labels")
     if classifier is not None:
         _check_classifier(joint, classifier, guidance)
-    settings = dict(sampler=sampler, steps=steps, guidance=guidance, scale=scale, eta=eta)
+    settings = dict(
+        sampler=sampler, steps=steps, guidance=guidance, scale=scale, eta=eta, clip=clip
+    )
     return labels, seeds, settings
 
 

@@ -62,7 +62,9 @@ np.save(__import__("sys").argv[1], samples.images)
 def test_pixel_guidance_follows_the_classifier_it_is_given(joint):
     options = dict(seeds=range(8), labels=[3], guidance="pixel", scale=50.0, steps=4)
     own = jdm.sample(joint, **options)
-    assert_same_images(own.images, jdm.sample(joint, classifier=joint, **options).images)
+    again = jdm.sample(joint, classifier=joint, **options)
+    assert_same_images(own.images, again.images)
+    assert own.settings["classifier"] is None and again.settings["classifier"] == "a Joint"
     # Every logit turned round: another classifier on the same network.
     head = jax.tree.map(lambda x: -x, joint.params["head"]["out"])
     params = joint.params | {"head": joint.params["head"] | {"out": head}}
