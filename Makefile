@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/digits.py --workdir=runs/demo --started=$(STARTED)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -78,6 +78,39 @@ def test_a_positive_scale_moves_the_image_toward_the_class_and_a_negative_one_aw
         assert agreement(images[f"{guidance}-1"]) <= 0.03
 
 
+SAMPLE_WITH_ANOTHER = """
+import dataclasses, sys
+import jax, numpy as np
+import jdm
+
+joint = jdm.load(sys.argv[1])
+head = jax.tree.map(np.zeros_like, joint.params["head"])  # its own classifier says nothing
+params = joint.params | {"head": head}
+joint = dataclasses.replace(joint, weights=joint.weights | {"params": params})
+jdm.sample(
+    joint,
+    labels=np.arange(200) % 10,
+    guidance="pixel",
+    classifier=sys.argv[2],
+    steps=20,
+    eta=1.0,
+    batch_size=200,
+).save(sys.argv[3])
+"""
+
+
+def test_a_separately_trained_noisy_classifier_guides_another_network(trained, optimised, tmp_path):
+    schedule = f"--config.diffusion.schedule={SCHEDULES['x0']}"
+    joint = trained("digits", "--config.diffusion.prediction=x0", schedule, *SMALL)
+    alone = ("--config.loss.terms=classifier", "--config.loss.classify=noised")
+    noisy = trained("digits", *SMALL, schedule, *alone, "--config.train.steps=300")
+    path = tmp_path / "samples.npz"
+    command = [sys.executable, "-c", SAMPLE_WITH_ANOTHER, joint, noisy, path]
+    subprocess.run(command, env=optimised, check=True)
+    with np.load(path) as saved:
+        assert agreement(saved["images"]) >= 0.7
+
+
 def test_classifier_learned_too(workdir):
     images, labels = load_split("digits", "validation")
     assert np.mean(jdm.classify(workdir, images).argmax(axis=1) == labels) > 0.9

@@ -93,6 +93,7 @@ class Quadratic:
 
 
 T_SAMPLER = T_SAMPLERS["uniform"](100)
+SETTINGS = dict(t_sampler=T_SAMPLER, decay=0.9, warmup=True, accumulate=1)
 
 
 def start(optimiser, w, batch_stats) -> TrainState:
@@ -108,11 +109,8 @@ def test_three_steps_of_gradient_descent_and_of_the_moving_average():
         train_step,
         root=ROOT,
         loss_fn=Quadratic(),
-        t_sampler=T_SAMPLER,
         optimiser=optimiser,
-        decay=0.15,
-        warmup=True,
-        accumulate=2,
+        **SETTINGS | {"decay": 0.15, "accumulate": 2},
     )
     w, ema = np.array([0.0, 4.0]), np.array([0.0, 4.0])
     total = total_ema = 0.0
@@ -149,11 +147,8 @@ def test_the_loss_is_given_the_keys_of_its_step():
             {"image": jnp.ones((2, 1))},
             ROOT,
             loss_fn=loss_fn,
-            t_sampler=T_SAMPLER._replace(draw=draw),
             optimiser=optimiser,
-            decay=0.9,
-            warmup=True,
-            accumulate=1,
+            **SETTINGS | {"t_sampler": T_SAMPLER._replace(draw=draw)},
         )
     for step, (noise, augment, dropout) in enumerate(loss_fn.given):
         expected = step_keys(ROOT, jnp.int32(step))
@@ -245,11 +240,8 @@ def test_what_joins_later_joins_in_the_same_program():
         functools.partial(
             train_step,
             loss_fn=Late(),
-            t_sampler=T_SAMPLER,
             optimiser=optimiser,
-            decay=0.9,
-            warmup=True,
-            accumulate=1,
+            **SETTINGS,
         )
     )
     state, seen = start(optimiser, [4.0], {}), []
@@ -269,11 +261,8 @@ def test_what_does_not_change_keeps_its_average_to_the_bit():
             {"image": jnp.zeros((2, 100))},
             ROOT,
             loss_fn=Quadratic(),
-            t_sampler=T_SAMPLER,
             optimiser=optimiser,
-            decay=0.9,
-            warmup=True,
-            accumulate=1,
+            **SETTINGS,
         )
     np.testing.assert_array_equal(state.ema["params"]["w"], state.params["w"])
 
