@@ -22,7 +22,7 @@ from jdm import cli, trainer
 from jdm import config as configs
 from jdm.analysis import metrics
 from jdm.analysis.evaluate import classification
-from jdm.data.pipeline import load_split
+from jdm.data.splits import load_split
 from jdm.files import write_whole
 from jdm.tracking import read_metrics
 

@@ -13,10 +13,17 @@ def get_config() -> ConfigDict:
         dict(
             seed=0,  # of the weights, the order of the images, and every draw in training
             data=dict(
-                name="digits",
+                name="digits",  # of `jdm data list`, or folder:/path
                 dir="",  # of prepared data sets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+                cache_dir="",  # of decoded images; "" is a folder in dir
+                workers=0,  # processes that decode each image anew, for what is too large to keep
                 batch_size=64,  # global: over all devices of all hosts
+                validation=0.05,  # share of train that is held out, where no such split exists
+                classes=(),  # those that are kept, in the order of their new labels; () is all
+                limit=0,  # training images at most, of each class alike; 0 is all
                 labelled_fraction=1.0,  # of the training labels; the others are hidden
+                labelled_per_class=0,  # so many of each class instead
+                unlabelled="",  # a second set, whose images are added without their labels
             ),
             model=dict(
                 image_size=8,
@@ -69,7 +76,7 @@ def get_config() -> ConfigDict:
             ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),
-            eval=dict(every=1000, batch_size=256),
+            eval=dict(every=1000, batch_size=256, split="validation"),
             checkpoint=dict(every=1000, keep=3),
         )
     )

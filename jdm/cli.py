@@ -1,4 +1,4 @@
-"""The commands: jdm train, jdm sample, jdm eval, jdm convert.
+"""The commands: jdm train, jdm sample, jdm eval, jdm convert, jdm data.
 
 Owns flags, and how an error reaches the user: one sentence and no traceback, with exit status 2
 for what was typed wrong and 1 for what went wrong on the way. Flags and configs are checked before
@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace) -> None:
     use_compilation_cache()
     from jdm import trainer
     from jdm.checkpoint import CheckpointError
-    from jdm.data.pipeline import DataError
+    from jdm.data import DataError
 
     try:
         trainer.train(config, workdir, dry_run=arguments.dry_run)
@@ -111,20 +111,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """jdm eval"""
     use_compilation_cache()
     from jdm.analysis.evaluate import classification
-    from jdm.data.datasets import available
-    from jdm.data.pipeline import DataError, load_split
+    from jdm.data import DataError
+    from jdm.data.splits import load_split
 
     joint = _load("checkpoint", arguments.checkpoint)
-    name = joint.config.data.name
+    config, name = joint.config, arguments.data or joint.config.data.name
     try:
-        splits = available(name).splits
+        images, labels = load_split(
+            name,
+            arguments.split,
+            arguments.data_dir or config.data.dir,
+            size=config.model.image_size,
+            channels=config.model.image_channels,
+            classes=config.data.classes,
+            validation=config.data.validation,
+            cache_dir=config.data.cache_dir,
+        )
+        _check_fits(joint, name, labels)
     except ValueError as error:
-        raise UsageError(f"--checkpoint={arguments.checkpoint}: config.{error}") from error
-    if arguments.split not in splits:
-        raise UsageError(f"--split={arguments.split} is unknown; {name} has {', '.join(splits)}")
-    data_dir = arguments.data_dir or joint.config.data.dir
-    try:
-        images, labels = load_split(name, arguments.split, data_dir)
+        raise UsageError(_flagged(error, arguments)) from error
     except DataError as error:
         raise Failure(error) from error
     report = {
@@ -141,6 +146,70 @@ def evaluate(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
         print(f"wrote {folder / 'report.json'}")
+
+
+def list_data(arguments: argparse.Namespace) -> None:
+    """jdm data list"""
+    from jdm.data.datasets import DATASETS
+    from jdm.data.prepare import mebibytes
+    from jdm.data.records import is_prepared
+
+    row = "{:14} {:10} {:>8} {:>8}  {:32} {:>9}  {}"
+    print(row.format("name", "pixels", "channels", "classes", "splits", "download", "prepared"))
+    for facts in DATASETS.values():
+        splits = [f"{name} {count:,}" for name, count in facts.splits.items()]
+        print(
+            row.format(
+                facts.name,
+                ", ".join(map(str, facts.sizes)),
+                facts.channels,
+                f"{facts.num_classes}{'*' * facts.multi_label}",
+                ", ".join(splits),
+                mebibytes(facts.download) if facts.download else "none",
+                "yes" if is_prepared(facts.name, arguments.data_dir) else "no",
+            ).rstrip()
+        )
+    print("* each of them a yes or a no; and folder:/path, with a sub-folder for each class")
+
+
+def prepare_data(arguments: argparse.Namespace) -> None:
+    """jdm data prepare"""
+    from jdm.data import DataError
+    from jdm.data.prepare import prepare
+
+    try:
+        options = dict(size=arguments.size, skip_broken=arguments.skip_broken)
+        path = prepare(arguments.name, arguments.data_dir, **options)
+    except ValueError as error:
+        raise UsageError(_flagged(error, arguments)) from error
+    except DataError as error:
+        raise Failure(error) from error
+    print(f"{arguments.name} is prepared in {path}")
+
+
+def show_data(arguments: argparse.Namespace) -> None:
+    """jdm data show"""
+    out = _writable("out", arguments.out)
+    if out.suffix != ".png":
+        raise UsageError(f"--out={out} must end in .png")
+    from jdm import plot
+    from jdm.data import DataError
+    from jdm.data.datasets import dataset
+    from jdm.data.splits import load_split
+
+    try:
+        facts = dataset(arguments.name)
+        size, channels = arguments.size or (facts.sizes or (64,))[0], facts.channels or 3
+        images, labels = load_split(
+            arguments.name, arguments.split, arguments.data_dir, size=size, channels=channels
+        )
+    except ValueError as error:
+        raise UsageError(_flagged(error, arguments)) from error
+    except DataError as error:
+        raise Failure(error) from error
+    picture, columns = plot.by_class(images, labels, rows=8)
+    write_whole(out, plot.png(picture))
+    print(f"wrote {columns} to {out}")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -196,6 +265,24 @@ def _load(flag: str, path: str):
         raise UsageError(f"--{flag}={path}: {error}") from error
 
 
+def _flagged(error: ValueError, arguments: argparse.Namespace) -> str:
+    """A complaint about a data set, with the flag that named it in front."""
+    if str(error).startswith("split="):
+        return f"--{error}"
+    named = getattr(arguments, "checkpoint", None)
+    return f"--checkpoint={named}: config.{error}" if named else str(error).removeprefix("data.")
+
+
+def _check_fits(joint, name: str, labels) -> None:
+    """Raises ValueError where the labels of a data set are not what the model answers."""
+    model = joint.model
+    if (labels.ndim == 2) != model.multi_label or labels.max() >= model.num_classes:
+        raise ValueError(
+            f"data.name={name!r} has other labels than the {model.num_classes} classes that this "
+            "model knows"
+        )
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has said where, or that not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jdm" / "xla"
@@ -235,8 +322,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jdm", description="Joint diffusion models.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name, run, help_text, example):
-        new = commands.add_parser(
+    def command(name, run, help_text, example, group=commands):
+        new = group.add_parser(
             name,
             help=help_text,
             description=help_text,
@@ -300,9 +387,44 @@ def _parser() -> argparse.ArgumentParser:
         "jdm eval --checkpoint=runs/digits --out=report/",
     )
     new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
+    new.add_argument("--data", help="another data set of the same classes (that of the training)")
     new.add_argument("--split", default="test", help="train, validation or test (test)")
     new.add_argument("--data_dir", default="", help="where prepared data is, if not as in training")
     new.add_argument("--out", help="a folder for report.json")
+
+    data = command("data", None, "Data sets: list, prepare or show.", "jdm data list")
+    group = data.add_subparsers(dest="action", required=True, metavar="action")
+    new = command("list", list_data, "What is known.", "jdm data list", group)
+    _data_dir(new)
+
+    new = command(
+        "prepare",
+        prepare_data,
+        "Download a data set, or read a folder, once and for all.",
+        "jdm data prepare cifar10; jdm data prepare folder:/path/of/images",
+        group,
+    )
+    new.add_argument("name", help="of jdm data list, or folder:/path")
+    new.add_argument(
+        "--size", type=int, help="pixels to decode to at once (those of the list; of a folder none)"
+    )
+    new.add_argument(
+        "--skip-broken", action="store_true", help="leave out images that cannot be read"
+    )
+    _data_dir(new)
+
+    new = command(
+        "show",
+        show_data,
+        "A picture of a data set, with a column for each class.",
+        "jdm data show cifar10 --out=grid.png",
+        group,
+    )
+    new.add_argument("name", help="of jdm data list, or folder:/path")
+    new.add_argument("--split", default="train", help="train, validation or test (train)")
+    new.add_argument("--size", type=int, help="pixels of height and width (what the set has)")
+    new.add_argument("--out", default="grid.png", help="a .png file (grid.png)")
+    _data_dir(new)
 
     new = command(
         "convert",
@@ -322,6 +444,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the file has no classifier: a new head is initialised, or the head is left out",
     )
     return parser
+
+
+def _data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data_dir", default="", help="of prepared data ($TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from ml_collections import ConfigDict, config_flags
 import jdm.configs
 from jdm.configs import base
 
+_DATASETS = ("digits", "mnist", "fashion_mnist", "svhn_cropped", "cifar10", "cifar100", "celeb_a")
+_DATASETS += ("malaria",)
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.resample": ("conv", "resblock"),
     "model.attention_order": ("head_first", "qkv_first"),
@@ -36,14 +39,23 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.augment": ("none", "published", "repaired", "digits", "natural"),
     "optim.schedule": ("constant", "cosine"),
     "train.t_sampler": ("uniform", "loss_second_moment"),
-    "data.name": ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "celeba", "malaria"),
+    "eval.split": ("validation", "test", "train"),
+    "data.name": _DATASETS,
+    "data.unlabelled": ("", *_DATASETS),
 }
+
+# Beside their names, these may be "folder:" and a path.
+FOLDERS = ("data.name", "data.unlabelled")
 
 _POSITIVE = (lambda v: v > 0, "positive")
 _NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 _FRACTION = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _SHARE = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _SEED = (lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
+_CLASSES = (
+    lambda v: all(isinstance(c, int) and c >= 0 for c in v) and len(set(v)) == len(v) != 1,
+    "two or more different whole numbers from 0 up, or ()",
+)
 _SIDES = (lambda v: all(isinstance(s, int) and s > 0 for s in v), "positive whole numbers")
 _LEVELS = (lambda v: len(v) > 0 and _SIDES[0](v), "one or more positive whole numbers")
 
@@ -64,20 +76,24 @@ RANGES: dict[str, tuple] = {
             "loss.variance_weight",
             "optim.warmup_steps",
         )
-        + ("optim.weight_decay", "optim.clip_norm", "log.every", "eval.every", "checkpoint.every"),
+        + ("optim.weight_decay", "optim.clip_norm", "log.every", "eval.every", "checkpoint.every")
+        + ("data.workers", "data.limit", "data.labelled_per_class"),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(
-        ("model.dropout", "model.head_dropout", "optim.b1", "optim.b2", "train.ema_decay"),
+        ("model.dropout", "model.head_dropout", "optim.b1", "optim.b2", "train.ema_decay")
+        + ("data.validation",),
         _FRACTION,
     ),
     "data.labelled_fraction": _SHARE,
+    "data.classes": _CLASSES,
     "model.multipliers": _LEVELS,
     "model.attention": _SIDES,
 }
 
 # What a run may change when it is resumed: how long it goes on, and what it says and keeps.
-RESUMABLE = ("train.steps", "data.dir", "log.", "eval.", "checkpoint.")
+RESUMABLE = ("train.steps", "data.dir", "data.cache_dir", "data.workers", "log.", "eval.")
+RESUMABLE += ("checkpoint.",)
 
 
 class ConfigError(ValueError):
@@ -179,6 +195,16 @@ def _check_key(key: str) -> None:
         raise ConfigError(f"config.{key} is unknown{hint}")
 
 
+def _check_folder(key: str, value: str) -> None:
+    """Raises ConfigError for what is not one of the choices, unless it may be and is a folder."""
+    if key in FOLDERS and value.startswith("folder:"):
+        return
+    known = [*filter(None, CHOICES[key]), *(["folder:/path"] if key in FOLDERS else [])]
+    nearest = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise ConfigError(f"config.{key}={value!r} is unknown; known: {', '.join(known)}{hint}")
+
+
 def check(config: ConfigDict, where: str) -> None:
     """Raises ConfigError for an unknown or missing key, a wrong type, name or range.
 
@@ -200,9 +226,7 @@ def check(config: ConfigDict, where: str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{key}={value!r} must be finite")
         if key in CHOICES and value not in CHOICES[key]:
-            raise ConfigError(
-                f"config.{key}={value!r} is unknown; known: {', '.join(CHOICES[key])}"
-            )
+            _check_folder(key, value)
         if key in RANGES and not RANGES[key][0](value):
             raise ConfigError(f"config.{key}={value!r} must be {RANGES[key][1]}")
     if (values["diffusion.variance"] == "learned") != values["model.learned_variance"]:

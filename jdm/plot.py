@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int, gap: int = 1) -> np.ndarray:
@@ -15,6 +15,25 @@ def grid(images: UInt8[np.ndarray, "n h w c"], columns: int, gap: int = 1) -> np
     cells[:n, :h, :w] = images
     sheet = cells.reshape(rows, columns, h + gap, w + gap, c).swapaxes(1, 2)
     return sheet.reshape(rows * (h + gap), columns * (w + gap), c)[:-gap, :-gap]
+
+
+def by_class(
+    images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, "n ..."], rows: int
+) -> tuple[np.ndarray, str]:
+    """(the first images of each class in a column of its own, what the picture holds).
+
+    Of several labels to an image, a square of the first images.
+    """
+    if labels.ndim > 1:
+        some = images[: rows * rows]
+        return grid(some, columns=rows), f"the first {len(some)} images"
+    classes = np.unique(labels[labels >= 0])[:20]
+    sheet = np.full((rows, len(classes), *images.shape[1:]), 255, np.uint8)
+    for column, one in enumerate(classes):
+        found = images[np.flatnonzero(labels == one)[:rows]]
+        sheet[: len(found), column] = found
+    picture = grid(sheet.reshape(-1, *images.shape[1:]), columns=len(classes))
+    return picture, f"up to {rows} images of each of {len(classes)} classes"
 
 
 def png(picture: UInt8[np.ndarray, "h w c"], least_width: int = 480) -> bytes:

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from jdm import checkpoint
 from jdm import config as configs
 from jdm.analysis.evaluate import classification
-from jdm.data.datasets import available, dataset
-from jdm.data.labels import hide_labels
-from jdm.data.pipeline import BatchIterator, load_split, train_batches
+from jdm.data.datasets import dataset
+from jdm.data.pipeline import TrainBatches, train_batches
+from jdm.data.records import check_prepared
+from jdm.data.splits import load_split, splits_of, training_set
 from jdm.files import write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
@@ -46,9 +47,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     started = time.monotonic()
     workdir = Path(workdir)
     mesh = make_mesh()
-    if not dry_run:
-        _check_available(config.data.name)
     run = prepare(config, mesh)
+    if not dry_run:
+        for name in filter(None, (config.data.name, config.data.unlabelled)):
+            check_prepared(name, config.data.dir)
     fresh = not checkpoint.steps(workdir)
     source = warm_source(config, run) if config.train.init_from and fresh else None
     claim(config, workdir, write=not dry_run)
@@ -63,18 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     if newest is not None and newest >= config.train.steps:
         print(f"{workdir} is trained already: {newest} of {config.train.steps} steps")
         return
-    images, labels = load_split(config.data.name, "train", config.data.dir)
-    _check_labels(labels, config.model.num_classes, config.model.multi_label)
-    labels = _hidden(labels, config.data.labelled_fraction, config.seed)
-    held_out = load_split(config.data.name, "validation", config.data.dir)
-    batches = train_batches(
-        images,
-        labels,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    batches, held_out = read(config)
     step = _compile(config, run, mesh, root)
     start = newest or 0
     if newest is None:
@@ -119,20 +110,78 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
                 since = time.monotonic()
 
 
+def read(config: ConfigDict) -> tuple[TrainBatches, tuple[np.ndarray, np.ndarray]]:
+    """(what is trained on, the images and labels of the split that is evaluated)."""
+    model, data = config.model, config.data
+    same = dict(
+        size=model.image_size,
+        channels=model.image_channels,
+        classes=data.classes,
+        validation=data.validation,
+        cache_dir=data.cache_dir,
+    )
+    try:
+        images, labels = training_set(
+            data.name,
+            data.dir,
+            seed=config.seed,
+            limit=data.limit,
+            labelled_fraction=data.labelled_fraction,
+            labelled_per_class=data.labelled_per_class,
+            unlabelled=data.unlabelled,
+            workers=data.workers,
+            **same,
+        )
+        held_out = load_split(data.name, config.eval.split, data.dir, **same)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+    _check_labels(labels, model.num_classes, model.multi_label)
+    known = np.sum(labels.reshape(len(labels), -1).max(axis=1) >= 0)
+    print(
+        f"training on {len(images):,} images, {known:,} of them labelled; "
+        f"evaluating on {len(held_out[0]):,} ({config.eval.split})"
+    )
+    batches = train_batches(
+        images,
+        labels,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=data.workers,
+    )
+    return batches, held_out
+
+
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     """The parts of a run, after every check that needs no data. Raises ConfigError."""
-    facts = dataset(config.data.name)
-    for key, fact in (
-        ("image_size", facts.image_size),
-        ("image_channels", facts.channels),
-        ("num_classes", facts.num_classes),
-        ("multi_label", facts.multi_label),
+    try:
+        facts = dataset(config.data.name)
+        if config.data.unlabelled:
+            dataset(config.data.unlabelled)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from error
+    for key, allowed in (
+        ("image_size", facts.sizes),
+        ("image_channels", (facts.channels,) if facts.channels else (1, 3)),
+        ("num_classes", (len(config.data.classes) or facts.num_classes,)),
+        ("multi_label", (facts.multi_label,)),
     ):
-        if config.model[key] != fact:
-            raise configs.ConfigError(
-                f"config.model.{key}={config.model[key]} does not fit "
-                f"config.data.name={config.data.name!r}, which has {fact}"
+        if allowed and config.model[key] not in allowed:
+            with_classes = (
+                f" with config.data.classes={config.data.classes}" if config.data.classes else ""
             )
+            raise configs.ConfigError(
+                f"config.model.{key}={config.model[key]} does not fit config.data.name="
+                f"{config.data.name!r}, which has {' or '.join(map(str, allowed))}{with_classes}"
+            )
+    splits = splits_of(facts, config.data.validation)
+    if config.eval.split not in splits:
+        raise configs.ConfigError(
+            f"config.eval.split={config.eval.split!r} is not there: "
+            f"config.data.name={config.data.name!r} has {', '.join(splits)}, and "
+            f"config.data.validation={config.data.validation} of train is held out"
+        )
     rows, parts = config.data.batch_size, config.train.accumulate
     name = "data.batch_size" if parts == 1 else "data.batch_size / train.accumulate"
     try:
@@ -190,7 +239,7 @@ def warm_source(config: ConfigDict, run: Run) -> Joint:
     return joint
 
 
-def resume(run: Run, workdir: Path, step: int, batches: BatchIterator, root: Any) -> TrainState:
+def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any) -> TrainState:
     """The state that a checkpoint goes on from, after saying which.
 
     That of a run, with the position of `batches`; or, where a conversion left weights alone, those.
@@ -203,7 +252,7 @@ def resume(run: Run, workdir: Path, step: int, batches: BatchIterator, root: Any
     return warm_started(run.init(root), weights)
 
 
-def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> TrainState:
+def restore(run: Run, workdir: Path, step: int, batches: TrainBatches) -> TrainState:
     """The state that was saved at a step; `batches` takes its position."""
     abstract = run.state
     items = checkpoint.restore(
@@ -213,7 +262,7 @@ def restore(run: Run, workdir: Path, step: int, batches: BatchIterator) -> Train
     return TrainState(ema=items["weights"], **items["train_state"])
 
 
-def save(config: ConfigDict, workdir: Path, state: TrainState, batches: BatchIterator) -> None:
+def save(config: ConfigDict, workdir: Path, state: TrainState, batches: TrainBatches) -> None:
     """A checkpoint of everything the next step depends on."""
     checkpoint.save(
         workdir,
@@ -286,13 +335,6 @@ def _compile(config: ConfigDict, run: Run, mesh, root) -> Any:
     return compiled
 
 
-def _check_available(name: str) -> None:
-    try:
-        available(name)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.{error}") from error
-
-
 def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> None:
     """Raises ConfigError where the labels of the data are not those that the model is to learn."""
     shape = (len(labels), num_classes) if multi_label else (len(labels),)
@@ -304,17 +346,6 @@ def _check_labels(labels: np.ndarray, num_classes: int, multi_label: bool) -> No
     wrong = labels[(labels < -1) | (labels > (1 if multi_label else num_classes - 1))]
     if wrong.size:
         raise configs.ConfigError(f"{asked}, but the data hold the label {wrong[0]}")
-
-
-def _hidden(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The labels that training may see, after saying how many they are where some are hidden."""
-    try:
-        seen = hide_labels(labels, fraction, seed)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.{error}") from error
-    if fraction < 1:
-        print(f"training sees {np.sum(seen >= 0):,} of {np.sum(labels >= 0):,} labels")
-    return seen
 
 
 def _line(done: int, row: dict[str, float]) -> str:

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What the published implementation computed, stored; see the README there.
-FIXTURES = Path(os.environ.get("JDM_SHARED", ROOT.parent / "shared")) / "fixtures"
+SHARED = Path(os.environ.get("JDM_SHARED", ROOT.parent / "shared"))
+FIXTURES = SHARED / "fixtures"
 CACHE = ROOT / ".cache"
 JDM = Path(sys.executable).with_name("jdm")
 
@@ -77,6 +78,12 @@ def trained(optimised):
 def tiny(trained) -> Path:
     """The work folder of a `tiny` run of 4 steps."""
     return trained("tiny")
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The tar of CIFAR-10's training images, train/<class>/<number>.jpg; it may be missing."""
+    return SHARED / "data" / "cifar10-train-jpeg.tar"
 
 
 @pytest.fixture(scope="session")

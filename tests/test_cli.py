@@ -1,16 +1,22 @@
 """The commands through a real subprocess: what they write, print and exit with."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
 import jdm
+from jdm.data.splits import load_split
 
 JDM = Path(sys.executable).with_name("jdm")
 
@@ -79,8 +85,8 @@ def test_train_sample_eval(tmp_path):
         ),
         (["train", "--config=tiny", "--workdir=w", "--config.data.name=mnits"], "known: digits"),
         (
-            ["train", "--config=reference/cifar10", "--workdir=w"],
-            "config.data.name='cifar10' is not available yet; available: digits",
+            ["train", "--config=tiny", "--workdir=w", "--config.data.unlabelled=minst"],
+            "config.data.unlabelled='minst' is unknown; known: digits, mnist,",
         ),
         (["train", "--config=tiny", "--workdir=w", "--dryrun"], "--dryrun"),
         (["train", "--config=tiny", "--workdir=w", "--config.train.steps"], "needs a value"),
@@ -102,6 +108,11 @@ def test_train_sample_eval(tmp_path):
             "--from: x.pt is not a file",
         ),
         (["samples"], "samples"),
+        (["data"], "action"),
+        (["data", "prepare", "minst"], "name='minst' is unknown; known: digits, mnist, "),
+        (["data", "prepare", "folder:w"], "name='folder:w' is not a folder"),
+        (["data", "show", "digits", "--out=x.jpg"], "--out=x.jpg must end in .png"),
+        (["data", "show", "digits", "--split=val"], "--split='val' is unknown; digits has train"),
     ],
 )
 def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
@@ -178,7 +189,120 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "convert"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "sample", "eval", "convert", "data", "data list", "data prepare", "data show"],
+)
 def test_help_has_an_example(command):
-    done = run(command, "--help")
-    assert done.returncode == 0 and f"example: jdm {command} --" in " ".join(done.stdout.split())
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0 and f"example: jdm {command} " in " ".join(done.stdout.split())
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar10(photographs, tmp_path_factory) -> Path:
+    """A data_dir that holds real images as TFDS stores CIFAR-10: all of train, and test from it."""
+    if not photographs.is_file():
+        pytest.skip(f"{photographs} is not there; JDM_SHARED says where else it may be")
+    with tarfile.open(photographs) as archive:
+        images = [
+            (member.name.split("/")[1], archive.extractfile(member).read())
+            for member in archive
+            if member.isfile()
+        ]
+
+    names = sorted({name for name, _ in images})
+
+    def generate(some):
+        for i, (name, image) in enumerate(some):
+            yield f"{i:05}", {"id": f"{i:05}", "image": image, "label": names.index(name)}
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
+    splits = {"train": generate(images), "test": generate(images[::5])}
+    with mock.patch.object(type(builder), "_split_generators", lambda *args: splits):
+        builder.download_and_prepare()
+    return data_dir
+
+
+SMALL = ("channels=8", "multipliers=(1,)", "blocks=1", "attention=()", "heads=2", "dropout=0.0")
+
+
+def test_cifar10_as_tfds_stores_it(cifar10, tmp_path):
+    done = run("data", "list", f"--data_dir={cifar10}")
+    rows = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()}
+    assert rows["cifar10"] == "yes" and rows["cifar100"] == "no"
+
+    picture = tmp_path / "grid.png"
+    done = run("data", "show", "cifar10", f"--data_dir={cifar10}", f"--out={picture}")
+    assert done.returncode == 0, done.stderr
+    assert "up to 8 images of each of 10 classes" in done.stdout
+    images, labels = load_split("cifar10", "train", str(cifar10))
+    assert images.shape == (50_000, 32, 32, 3) and np.bincount(labels).tolist() == [5000] * 10
+    with Image.open(picture) as drawn:
+        scale = round(drawn.width / (10 * 33 - 1))
+        corner = np.asarray(drawn.convert("RGB"))[: 32 * scale : scale, : 32 * scale : scale]
+    np.testing.assert_array_equal(corner, images[labels == 0][0])
+
+    workdir = tmp_path / "run"
+    done = run(
+        "train",
+        "--config=reference/cifar10",
+        f"--workdir={workdir}",
+        *(f"--config.model.{change}" for change in SMALL),
+        f"--config.data.dir={cifar10}",
+        "--config.data.batch_size=8",
+        "--config.data.validation=0.001",
+        "--config.data.labelled_per_class=10",
+        "--config.eval.split=validation",
+        "--config.train.steps=1",
+        "--config.loss.augment=none",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training on 49,950 images, 100 of them labelled; evaluating on 50 (val" in done.stdout
+    assert jdm.checkpoint.steps(workdir) == [1]
+
+
+def test_a_folder_of_ones_own(tiny, tmp_path):
+    """Prepared, shown, trained on, evaluated; and a model of other images is evaluated on it."""
+    images, labels = load_split("digits", "validation")
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "mine" / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).resize((20, 20), Image.Resampling.BOX).save(path)
+    name, where = f"folder:{tmp_path / 'mine'}", f"--config.data.dir={tmp_path / 'data'}"
+    train = ["train", "--config=tiny", f"--workdir={tmp_path / 'run'}", where]
+    train += [f"--config.data.name={name}", "--config.data.validation=0.2"]
+    train += ["--config.train.steps=2"]
+    done = run(*train)
+    assert_one_sentence(done, 1, f"run jdm data prepare {name} --data_dir={tmp_path / 'data'}")
+    assert not (tmp_path / "run").exists()
+
+    done = run("data", "prepare", name, f"--data_dir={tmp_path / 'data'}")
+    assert done.returncode == 0, done.stderr
+    done = run(*train)
+    assert done.returncode == 0, done.stderr
+    assert "training on 144 images, 144 of them labelled; evaluating on 36" in done.stdout
+    done = run("eval", f"--checkpoint={tmp_path / 'run'}", "--split=validation")
+    assert done.returncode == 0 and "images         36" in done.stdout, done.stderr
+
+    data = (f"--data={name}", "--split=train", f"--data_dir={tmp_path / 'data'}")
+    done = run("eval", f"--checkpoint={tiny}", *data, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["data"] == name
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for one in "ab":
+        (tmp_path / "mine" / one).mkdir(parents=True)
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8)).save(buffer, "PNG")
+        (tmp_path / "mine" / one / "0.png").write_bytes(buffer.getvalue())
+    (tmp_path / "mine" / "a" / "1.png").write_bytes(buffer.getvalue()[:40])
+    prepare = ["data", "prepare", f"folder:{tmp_path / 'mine'}", f"--data_dir={tmp_path / 'data'}"]
+    done = run(*prepare)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 of 3 images in " in done.stderr.splitlines()[-1] and "a/1.png (" in done.stderr
+    assert run(*prepare, "--skip-broken").returncode == 0

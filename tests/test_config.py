@@ -106,10 +106,8 @@ def test_a_step_has_the_shapes_of_its_config(changes):
 @pytest.mark.parametrize("name", configs.names())
 def test_every_named_config_fits_its_data_and_begins_with_its_command(name):
     config, facts = configs.load(name), DATASETS[configs.load(name).data.name]
-    assert (config.model.image_size, config.model.image_channels) == (
-        facts.image_size,
-        facts.channels,
-    )
+    assert config.model.image_size in facts.sizes
+    assert config.model.image_channels == facts.channels
     assert config.model.num_classes == facts.num_classes
     assert f"jdm train --config={name} " in header(name)
 
@@ -278,6 +276,7 @@ def sentence_on(key: str, value) -> str:
     return str(error.value)
 
 
+CLASSES = "two or more different whole numbers from 0 up, or ()"
 OUT_OF_RANGE = {
     "positive": (0, -1),
     "0 or more": (-1,),
@@ -286,6 +285,7 @@ OUT_OF_RANGE = {
     "between 0 and 2147483647": (-1, 2**31),
     "positive whole numbers": ((0,), (-4,), (4, 2.5), ("4",)),
     "one or more positive whole numbers": ((), (0, 1), (1.5,), ("wide",)),
+    CLASSES: ((3,), (1, 1), (-1, 2), (0.5, 1), ("cat", "dog")),
 }
 
 
@@ -312,7 +312,7 @@ def test_every_number_has_a_range():
     numbers = {key for key, value in KEYS.items() if type(value) in (int, float, tuple)}
     assert numbers == set(RANGES)
     names = {key for key, value in KEYS.items() if type(value) is str}
-    assert names == set(CHOICES) | {"data.dir", "train.init_from"}
+    assert names == set(CHOICES) | {"data.dir", "data.cache_dir", "train.init_from"}
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,9 @@ def test_choices_are_the_names_beside_the_functions():
         "loss.augment": POLICIES,
         "optim.schedule": build.SCHEDULES,
         "train.t_sampler": T_SAMPLERS,
+        "eval.split": ("validation", "test", "train"),
         "data.name": DATASETS,
+        "data.unlabelled": ("", *DATASETS),
     }
     assert {key: tuple(names) for key, names in known.items()} == CHOICES
 
@@ -407,7 +409,7 @@ def test_a_stored_config_is_checked_like_any_other(change, message):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_resuming_may_change_how_long_and_what_is_kept_and_nothing_else(key):
-    free = ("train.steps", "data.dir") + tuple(
+    free = ("train.steps", "data.dir", "data.cache_dir", "data.workers") + tuple(
         k for k in KEYS if k.split(".")[0] in ("log", "eval", "checkpoint")
     )
     value = KEYS[key]

@@ -113,11 +113,20 @@ def test_a_folder_of_another_config_is_refused_by_key(interrupted):
     assert (interrupted / "config.json").read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
-    config = config_of(optim=dict(lr=1e30, clip_norm=0.0), log=dict(every=3))
-    with pytest.raises(trainer.NonFiniteError, match=r" at step [234]; "):
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    begin = trainer.begin
+
+    def spoilt(*args):
+        state = begin(*args)
+        return state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+
+    monkeypatch.setattr(trainer, "begin", spoilt)
+    config = config_of(log=dict(every=3), eval=dict(every=0), checkpoint=dict(every=0))
+    with pytest.raises(
+        trainer.NonFiniteError, match=" at step 1; "
+    ):  # not at the third, read first
         trainer.train(config, tmp_path / "run")
-    assert 4 not in checkpoint.steps(tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == []
 
 
 def test_averages_are_sums_over_counts_and_name_the_first_bad_step():
@@ -200,6 +209,10 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
         (dict(model=dict(num_classes=7)), "model.num_classes=7"),
         (dict(model=dict(multi_label=True)), "model.multi_label=True does not fit .*'digits'"),
         (dict(model=dict(image_size=16)), "model.image_size=16"),
+        (dict(data=dict(classes=(1, 2, 3))), r"num_classes=10 .* which has 3 with .*\(1, 2, 3\)"),
+        (dict(data=dict(name="mnist")), "model.image_size=8 .*'mnist', which has 28 or 32"),
+        (dict(data=dict(name="folder:/absent")), "data.name='folder:/absent' is not a folder"),
+        (dict(data=dict(unlabelled="folder:/absent")), "'folder:/absent' is not a folder"),
         (dict(model=dict(multipliers=(1, 1, 1, 1, 1))), "does not divide by 16"),
         (dict(model=dict(heads=3)), "model.heads=3"),
         (dict(diffusion=dict(steps=15)), "diffusion.steps=15"),
@@ -257,7 +270,8 @@ def test_training_sees_the_share_of_the_labels_that_is_asked_for(tmp_path, monke
     (count, whole), (same, some) = given
     assert count == same == len(some) and (whole >= 0).all()  # every image, not every label
     assert (some >= 0).sum() == round(0.1 * count)
-    assert f"training sees {round(0.1 * count)} of {count:,} labels" in capsys.readouterr().out
+    said = f"training on {count:,} images, {round(0.1 * count)} of them labelled"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

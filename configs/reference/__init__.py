@@ -3,7 +3,8 @@
     AdamW 1e-4, constant, no decay, no clipping; dropout 0.3; the published linear schedule, noise
     predicted, fixed large variance; cross-entropy of clean images, augmented as published, at
     lambda 0.001, by the published head; a moving average of 0.9999 from the first step. Batches of
-    256 for 500,000 steps, unless a recipe says otherwise.
+    256 for 500,000 steps, unless a recipe says otherwise. All of the training split, evaluated on
+    the test split, and so no estimate of how a choice made by it would do.
 
 Nothing here has been trained by this project: how long a recipe takes and what it reaches was not
 measured here.
@@ -17,6 +18,10 @@ from jdm.configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.batch_size = 256
+    config.data.validation = (
+        0.0  # all of train is trained on, and the test split looked at meanwhile
+    )
+    config.eval.split = "test"
     config.model.update(
         channels=128,
         blocks=3,

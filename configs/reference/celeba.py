@@ -12,6 +12,6 @@ from jdm.configs import reference
 
 
 def get_config():
-    config = reference.at_64_pixels("celeba", num_classes=40)
+    config = reference.at_64_pixels("celeb_a", num_classes=40)
     config.model.multi_label = True
     return config

@@ -10,6 +10,6 @@ from jdm.configs import reference
 
 
 def get_config():
-    config = reference.at_32_pixels("svhn", num_classes=10)
+    config = reference.at_32_pixels("svhn_cropped", num_classes=10)
     config.train.steps = 250_000
     return config

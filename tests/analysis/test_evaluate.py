@@ -5,7 +5,7 @@ import pytest
 
 import jdm
 from jdm.analysis.evaluate import classification
-from jdm.data.pipeline import load_split
+from jdm.data.splits import load_split
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jdm.analysis import metrics
-from jdm.data.pipeline import load_split
+from jdm.data.splits import load_split
 
 
 @pytest.fixture(scope="module")

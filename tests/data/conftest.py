@@ -7,21 +7,21 @@ import sys
 
 import pytest
 
-from jdm.data import pipeline
+from jdm.data import splits
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> str:
     """A data_dir that holds the prepared digits; do not write into it."""
     folder = str(tmp_path_factory.mktemp("prepared"))
-    pipeline.load_split("digits", "test", folder)
+    splits.load_split("digits", "test", folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def start_python():
     """start_python(code, *argv) starts a new interpreter that can import jdm."""
-    root = pathlib.Path(pipeline.__file__).parents[2]
+    root = pathlib.Path(splits.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
 
     def start(code: str, *argv: str) -> subprocess.Popen:

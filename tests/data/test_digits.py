@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from jdm.data.datasets import dataset
 from jdm.data.digits import digits, split_indices
-from jdm.data.pipeline import load_split
+from jdm.data.splits import load_split
 
 SPLITS = ("train", "validation", "test")
 

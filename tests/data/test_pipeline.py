@@ -1,13 +1,12 @@
 import json
-import pathlib
-import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdm.data.pipeline import epoch_permutation, eval_batches, load_split, train_batches
+from jdm.data.pipeline import epoch_permutation, eval_batches, train_batches
+from jdm.data.splits import training_set
 
 fast = settings(max_examples=30, deadline=None)
 
@@ -30,133 +29,6 @@ def rows_of(batch: dict) -> list[int]:
 
 def drawn(batches, count: int) -> list[list[int]]:
     return [rows_of(next(batches)) for _ in range(count)]
-
-
-# Reading -----------------------------------------------------------------------------------------
-
-PREPARE_AND_READ = """
-import importlib.machinery, socket, sys
-
-def no_network(*args, **kwargs):
-    raise AssertionError("asked the network")
-socket.getaddrinfo = socket.socket.connect = no_network
-
-# A machine without TensorFlow, whatever is installed here.
-find = importlib.machinery.PathFinder.find_spec
-def hide(cls, name, path=None, target=None):
-    return None if name.split(".")[0] == "tensorflow" else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = classmethod(hide)
-
-from jdm.data.pipeline import load_split
-images, labels = load_split("digits", "validation", sys.argv[1])
-assert images.shape == (180, 8, 8, 1) and labels.shape == (180,)
-assert not {"tensorflow", "jax"} & set(sys.modules)
-"""
-
-# Both say that they have begun and wait for the other, so that neither finds the data there.
-PREPARE_TOGETHER = """
-import pathlib, sys, time
-from jdm.data import digits
-from jdm.data.pipeline import load_split
-
-me, other = (pathlib.Path(sys.argv[1]) / f"begun-{i}" for i in sys.argv[2:])
-generators = digits.Digits._split_generators
-
-def wait_then_generate(self, dl_manager):
-    me.touch()
-    while not other.exists():
-        time.sleep(0.01)
-    return generators(self, dl_manager)
-
-digits.Digits._split_generators = wait_then_generate
-assert len(load_split("digits", "test", sys.argv[1])[0]) == 360
-assert me.exists()
-"""
-
-
-def test_preparing_and_reading_are_quiet_and_need_no_tensorflow_or_network(start_python, tmp_path):
-    process = start_python(PREPARE_AND_READ, str(tmp_path))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out == ""
-    assert err == f"Preparing digits in {tmp_path / 'digits' / '1.0.0'}.\n"
-
-
-def test_two_processes_may_prepare_at_once(start_python, tmp_path):
-    pair = [start_python(PREPARE_TOGETHER, str(tmp_path), a, b) for a, b in ("01", "10")]
-    for process in pair:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]  # nothing half-made
-
-
-def test_a_data_dir_that_cannot_be_written_says_so(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        load_split("digits", "test", str(tmp_path / "file"))
-
-
-def test_a_tilde_in_data_dir_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    load_split("digits", "validation", "~/data")
-    assert (tmp_path / "home" / "data" / "digits" / "1.0.0").is_dir()
-    assert not (tmp_path / "~").exists()
-
-
-def test_unknown_names_and_splits(digits_dir):
-    with pytest.raises(ValueError, match=r"data\.name is 'mnits', but must be one of .*digits"):
-        load_split("mnits", "train", digits_dir)
-    with pytest.raises(
-        ValueError, match=r"data\.split is 'val', .* only the splits train, validation, test\."
-    ):
-        load_split("digits", "val", digits_dir)
-
-
-def flip_a_bit_of_a_pixel(folder: pathlib.Path) -> None:
-    path = next(folder.glob("*test.array_record*"))
-    data = bytearray(path.read_bytes())
-    data[data.index(b"IDAT", len(data) // 10) + 8] ^= 1
-    path.write_bytes(data)
-
-
-def cut_the_records_short(folder: pathlib.Path) -> None:
-    path = next(folder.glob("*test.array_record*"))
-    path.write_bytes(path.read_bytes()[: 1 << 16])
-
-
-def forget_the_records(folder: pathlib.Path) -> None:
-    next(folder.glob("*test.array_record*")).unlink()
-
-
-def forget_what_it_is(folder: pathlib.Path) -> None:
-    (folder / "dataset_info.json").unlink()
-
-
-def count_wrongly(folder: pathlib.Path) -> None:
-    """As if an interrupted or older run had left fewer records, all of them whole."""
-    path = folder / "dataset_info.json"
-    assert '"360"' in path.read_text()
-    path.write_text(path.read_text().replace('"360"', '"359"'))
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (flip_a_bit_of_a_pixel, "hash mismatch"),
-        (cut_the_records_short, "record 0 is empty"),
-        (forget_the_records, "No such file"),
-        (forget_what_it_is, "has not been generated"),
-        (count_wrongly, "359 images in test instead of 360"),
-    ],
-)
-def test_damaged_files_are_never_read_as_images(damage, reason, digits_dir, tmp_path):
-    shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "digits" / "1.0.0"
-    damage(folder)
-    with pytest.raises(RuntimeError, match=f"{reason}.* delete that folder") as info:
-        load_split("digits", "test", str(tmp_path))
-    assert str(info.value).startswith(f"The prepared files of digits in {folder} cannot be read")
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -225,6 +97,24 @@ def test_a_position_saved_by_one_host_holds_for_two():
     for batches in pair:
         batches.set_state(state)
     assert sum((rows_of(next(batches)) for batches in pair), []) == rows_of(next(alone))
+
+
+def test_workers_make_the_same_batches_and_go_on_exactly(digits_dir):
+    def batches(workers: int):
+        shape = dict(size=8, channels=1, limit=40)
+        arrays = training_set("digits", digits_dir, seed=0, workers=workers, **shape)
+        return train_batches(*arrays, batch_size=16, seed=1, workers=workers)
+
+    alone, pair = batches(0), batches(2)
+    for position in (0, 7):  # 40 images: across the ends of epochs
+        alone.set_state({"next_index": position})
+        pair.set_state(json.loads(json.dumps(alone.get_state())))
+        for _ in range(5):
+            expected, found = next(alone), next(pair)
+            for key in ("image", "label"):
+                assert expected[key].dtype == found[key].dtype
+                np.testing.assert_array_equal(expected[key], found[key])
+        assert pair.get_state() == alone.get_state() == {"next_index": position + 5}
 
 
 def test_a_batch_may_be_larger_than_the_split():

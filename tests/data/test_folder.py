@@ -1,0 +1,201 @@
+"""A folder of one's own images: what is found in it, prepared, and refused."""
+
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdm.data import DataError
+from jdm.data.datasets import dataset
+from jdm.data.decoding import decode
+from jdm.data.folder import listing
+from jdm.data.prepare import prepare
+from jdm.data.records import is_prepared
+from jdm.data.splits import load_split, training_set
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def look_again():
+    """A process looks at a folder once; these tests change theirs."""
+    listing.cache_clear()
+    yield
+    listing.cache_clear()
+
+
+def draw(path, size=(8, 8), mode="RGB"):
+    """An image of noise, as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+    Image.fromarray(RNG.integers(0, 256, size=shape, dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, several kinds of files, sizes and depths."""
+    root = tmp_path / "pets"
+    for i in range(6):
+        draw(root / "cat" / f"{i}.png")
+    draw(root / "cat" / "wide.JPG", size=(20, 12))
+    draw(root / "dog" / "grey.png", mode="L")
+    draw(root / "dog" / "more" / "tall.jpeg", size=(9, 30))
+    (root / "dog" / "notes.txt").write_text("good dog")
+    (root / ".hidden").mkdir()
+    return root
+
+
+def test_facts_are_those_of_the_folder(folder):
+    facts = dataset(f"folder:{folder}")
+    assert facts.num_classes == 2 and facts.class_names == ("cat", "dog")
+    assert facts.splits == {"train": 9} and listing(str(folder)).ignored == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_and_labels_are_those_of_the_files(folder, tmp_path, channels):
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    prepare(name, data_dir)
+    images, labels = load_split(name, "train", data_dir, size=8, channels=channels)
+    assert images.shape == (9, 8, 8, channels) and labels.tolist() == [0] * 7 + [1] * 2
+    files = [*sorted((folder / "cat").iterdir()), folder / "dog" / "grey.png"]
+    for image, path in zip(images, [*files, folder / "dog" / "more" / "tall.jpeg"], strict=True):
+        np.testing.assert_array_equal(image, decode(path.read_bytes(), 8, channels))
+
+
+def test_splits_of_its_own(folder, tmp_path):
+    name, data_dir = f"folder:{tmp_path / 'split'}", str(tmp_path / "data")
+    for split in ("train", "val", "test"):
+        for one in ("a", "b"):
+            draw(tmp_path / "split" / split / one / "0.png")
+    assert dataset(name).splits == {"train": 2, "validation": 2, "test": 2}
+    prepare(name, data_dir)
+    image, label = load_split(name, "validation", data_dir, size=8, channels=3)
+    expected = (tmp_path / "split" / "val" / "b" / "0.png").read_bytes()
+    np.testing.assert_array_equal(image[1], decode(expected, 8, 3))
+    assert label.tolist() == [0, 1]
+
+
+def test_a_folder_that_changed_is_not_the_one_that_was_prepared(folder, tmp_path):
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    before = prepare(name, data_dir)
+    assert not (tmp_path / "data" / "jdm_decoded").exists()
+    assert prepare(name, data_dir, size=8) == before  # prepared already; decoded now
+    assert len(list((tmp_path / "data" / "jdm_decoded").iterdir())) == 1
+    draw(folder / "dog" / "new.png")
+    listing.cache_clear()
+    with pytest.raises(DataError) as info:
+        load_split(name, "train", data_dir, size=8, channels=3)
+    assert "is not prepared in" in str(info.value)
+    assert str(info.value).endswith(f"run jdm data prepare {name} --data_dir={data_dir}")
+    after = prepare(name, data_dir)
+    assert not before.exists()
+    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 10
+    assert [path.name for path in after.parent.parent.iterdir()] == [after.parent.name]
+
+
+def test_broken_images_are_named_and_counted_or_left_out(folder, tmp_path):
+    name, data_dir = f"folder:{folder}", tmp_path / "data"
+    whole = (folder / "cat" / "1.png").read_bytes()
+    (folder / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "3.png").write_bytes(b"not an image")
+    with pytest.raises(DataError) as info:
+        prepare(name, str(data_dir))
+    said = str(info.value)
+    assert said.startswith(f"2 of 9 images in {folder} cannot be read: cat/1.png (")
+    assert "cat/3.png (" in said and said.endswith("; --skip-broken goes on without them")
+    assert "\n" not in said
+    assert not any(path.name == "1.0.0" for path in data_dir.rglob("*"))  # nothing looks prepared
+    prepare(name, str(data_dir), skip_broken=True)
+    images, labels = load_split(name, "train", str(data_dir), size=8, channels=3)
+    assert labels.tolist() == [0] * 5 + [1] * 2
+    np.testing.assert_array_equal(images[1], decode((folder / "cat" / "2.png").read_bytes(), 8, 3))
+
+
+KILLED = """
+import os, signal, sys
+from jdm.data import folder_builder
+from jdm.data.prepare import prepare
+from jdm.data.records import is_prepared
+
+generate = folder_builder.Folder._generate_examples
+
+def killed(self, files):
+    yield from generate(self, files[:5])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder_builder.Folder._generate_examples = killed
+prepare(*sys.argv[1:])
+"""
+
+
+def test_what_was_killed_does_not_look_prepared(folder, tmp_path, start_python):
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    process = start_python(KILLED, name, data_dir)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert any((tmp_path / "data").rglob("*incomplete*")) and not is_prepared(name, data_dir)
+    with pytest.raises(DataError, match="is not prepared in"):
+        load_split(name, "train", data_dir, size=8, channels=3)
+    prepare(name, data_dir)
+    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 9
+
+
+def test_a_class_of_which_nothing_can_be_read_is_no_class(folder, tmp_path):
+    for path in (folder / "dog").rglob("*.*g"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"^no image of the class 'dog' in .* can be read$"):
+        prepare(f"folder:{folder}", str(tmp_path / "data"), skip_broken=True)
+
+
+def test_what_is_no_folder_of_classes_is_one_sentence(tmp_path):
+    def said() -> str:
+        listing.cache_clear()
+        with pytest.raises(ValueError) as info:
+            dataset(f"folder:{tmp_path / 'x'}")
+        assert str(info.value).startswith(f"data.name='folder:{tmp_path / 'x'}'")
+        return str(info.value)
+
+    assert said().endswith("is not a folder")
+    draw(tmp_path / "x" / "0.png")
+    assert said().endswith("has no sub-folders; one for each class is needed")
+    draw(tmp_path / "x" / "cat" / "0.png")
+    assert said().endswith("has one class only, 'cat'; two or more are needed")
+    (tmp_path / "x" / "dog").mkdir()
+    assert said().endswith(": the class 'dog' has no PNG or JPEG file")
+
+
+def test_training_reads_a_folder_as_evaluation_does(folder, tmp_path):
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    prepare(name, data_dir)
+    images, labels = load_split(name, "train", data_dir, size=8, channels=3)
+    for workers in (0, 1):  # decoded before, or where they are asked for
+        rows, same = training_set(
+            name, data_dir, seed=0, size=8, channels=3, validation=0.0, workers=workers
+        )
+        np.testing.assert_array_equal(rows[np.arange(9)], images)
+        np.testing.assert_array_equal(same, labels)
+
+
+def test_real_photographs(tmp_path, photographs):
+    """CIFAR-10's JPEGs: twenty of each class, each with the label of its folder."""
+    if not photographs.is_file():
+        pytest.skip(f"{photographs} is not there; JDM_SHARED says where else it may be")
+    taken: dict[str, int] = {}
+    with tarfile.open(photographs) as archive:
+        for member in archive:
+            one = member.name.split("/")[1] if member.isfile() else ""
+            if one and taken.setdefault(one, 0) < 20:
+                taken[one] += 1
+                archive.extract(member, tmp_path, filter="data")
+    assert len(taken) == 10
+    name, data_dir = f"folder:{tmp_path / 'train'}", str(tmp_path / "data")
+    prepare(name, data_dir)
+    images, labels = load_split(name, "train", data_dir, size=32, channels=3)
+    assert images.shape == (200, 32, 32, 3) and np.bincount(labels).tolist() == [20] * 10
+    for i in (0, 57, 199):
+        one = dataset(name).class_names[labels[i]]
+        path = sorted((tmp_path / "train" / one).iterdir())[i % 20]
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(images[i], np.asarray(image))

@@ -1,0 +1,79 @@
+"""What preparing a data set refuses, and what it leaves behind."""
+
+import errno
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from jdm.data import DataError
+from jdm.data import prepare as module
+from jdm.data.prepare import prepare
+
+
+def test_tensorflow_is_asked_for_by_the_name_of_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError) as info:
+        prepare("cifar10", str(tmp_path))
+    assert str(info.value) == (
+        "preparing cifar10 needs TensorFlow, which reading it does not: pip install "
+        "'jdm[prepare]'; the download is 162 MiB"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def builder(tmp_path, monkeypatch):
+    """A builder of cifar10 in a world with TensorFlow; `fails`: what its download ends with."""
+    fake = SimpleNamespace(data_path=tmp_path / "data" / "cifar10" / "3.0.2", fails=None, read=[])
+
+    def download_and_prepare():
+        if fake.fails:
+            raise fake.fails
+        fake.data_path.mkdir(parents=True)
+
+    fake.download_and_prepare = download_and_prepare
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "make_builder", lambda facts, data_dir: fake)
+    monkeypatch.setattr(module, "load_split", lambda *args, **options: fake.read.append(args[1]))
+    return fake
+
+
+class DownloadError(Exception):
+    """As a downloader raises it where there is no network."""
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (DownloadError("Failed to resolve 'host'\nand more"), "could not be downloaded and prep"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left in "),
+        (ConnectionResetError(), "cifar10 could not be downloaded and prepared: ConnectionReset"),
+    ],
+)
+def test_no_network_and_no_space_are_one_sentence(builder, fails, said):
+    builder.fails = fails
+    with pytest.raises(DataError, match=said) as info:
+        prepare("cifar10")
+    assert "cifar10" in str(info.value) and "\n" not in str(info.value)
+    assert not builder.data_path.exists()
+    builder.fails = None  # the next attempt is not told that it was done
+    assert builder.read == []
+    assert prepare("cifar10") == builder.data_path and builder.data_path.exists()
+    assert sorted(builder.read) == ["test", "train"]  # decoded at once
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_download(builder, monkeypatch):
+    usage = SimpleNamespace(free=100 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        DataError, match=r"^preparing cifar10 takes about 324 MiB, but .* 100 MiB; "
+    ):
+        prepare("cifar10")
+
+
+def test_an_interruption_leaves_nothing_that_looks_prepared(builder):
+    builder.fails = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        prepare("cifar10")
+    assert not builder.data_path.exists()
