@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from jdm import checkpoint, trainer
 from jdm import config as configs
+from jdm.data import DataError
 from jdm.joint import load
 from jdm.tracking import read_metrics
 
@@ -224,6 +226,19 @@ def test_parts_that_do_not_fit_are_one_sentence_before_anything_is_written(tmp_p
         trainer.train(config_of(**change), tmp_path / "run")
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_config_that_the_data_page_shows_fits_its_folder(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    (tmp_path / "pets.py").write_text(page.split("```python\n")[1].split("```")[0])
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        (tmp_path / "pets" / name / "1.png").touch()
+    monkeypatch.chdir(tmp_path)
+    config = configs.load("pets.py")
+    assert trainer.prepare(config, trainer.make_mesh()).model.image_size == 64
+    with pytest.raises(DataError, match="run jdm data prepare folder:pets$"):
+        trainer.train(config, tmp_path / "run")
 
 
 def warnings_of(**sections) -> list[str]:
