@@ -112,18 +112,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     use_compilation_cache()
     from jdm.analysis.evaluate import classification
     from jdm.data import DataError
+    from jdm.data.datasets import dataset
     from jdm.data.splits import load_split
 
     joint = _load("checkpoint", arguments.checkpoint)
     config, name = joint.config, arguments.data or joint.config.data.name
     try:
+        # Another set that has just the model's classes has them in the model's order.
+        same = name == config.data.name or dataset(name).num_classes != config.model.num_classes
         images, labels = load_split(
             name,
             arguments.split,
             arguments.data_dir or config.data.dir,
             size=config.model.image_size,
             channels=config.model.image_channels,
-            classes=config.data.classes,
+            classes=config.data.classes if same else (),
             validation=config.data.validation,
             cache_dir=config.data.cache_dir,
         )
@@ -150,9 +153,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def list_data(arguments: argparse.Namespace) -> None:
     """jdm data list"""
+    from jdm.data import DataError
     from jdm.data.datasets import DATASETS
     from jdm.data.prepare import mebibytes
     from jdm.data.records import is_prepared
+
+    def prepared(name):
+        try:
+            return "yes" if is_prepared(name, arguments.data_dir) else "no"
+        except DataError:
+            return "in another format"
 
     row = "{:14} {:10} {:>8} {:>8}  {:32} {:>9}  {}"
     print(row.format("name", "pixels", "channels", "classes", "splits", "download", "prepared"))
@@ -166,7 +176,7 @@ def list_data(arguments: argparse.Namespace) -> None:
                 f"{facts.num_classes}{'*' * facts.multi_label}",
                 ", ".join(splits),
                 mebibytes(facts.download) if facts.download else "none",
-                "yes" if is_prepared(facts.name, arguments.data_dir) else "no",
+                prepared(facts.name),
             ).rstrip()
         )
     print("* each of them a yes or a no; and folder:/path, with a sub-folder for each class")
@@ -177,6 +187,7 @@ def prepare_data(arguments: argparse.Namespace) -> None:
     from jdm.data import DataError
     from jdm.data.prepare import prepare
 
+    _check_size(arguments.size)
     try:
         options = dict(size=arguments.size, skip_broken=arguments.skip_broken)
         path = prepare(arguments.name, arguments.data_dir, **options)
@@ -192,6 +203,7 @@ def show_data(arguments: argparse.Namespace) -> None:
     out = _writable("out", arguments.out)
     if out.suffix != ".png":
         raise UsageError(f"--out={out} must end in .png")
+    _check_size(arguments.size)
     from jdm import plot
     from jdm.data import DataError
     from jdm.data.datasets import dataset
@@ -269,18 +281,30 @@ def _flagged(error: ValueError, arguments: argparse.Namespace) -> str:
     """A complaint about a data set, with the flag that named it in front."""
     if str(error).startswith("split="):
         return f"--{error}"
+    if getattr(arguments, "data", None):
+        return f"--data={arguments.data}: {str(error).removeprefix('data.')}"
     named = getattr(arguments, "checkpoint", None)
     return f"--checkpoint={named}: config.{error}" if named else str(error).removeprefix("data.")
 
 
+def _check_size(size: int | None) -> None:
+    if size is not None and size < 1:
+        raise UsageError(f"--size={size} must be positive")
+
+
 def _check_fits(joint, name: str, labels) -> None:
     """Raises ValueError where the labels of a data set are not what the model answers."""
-    model = joint.model
-    if (labels.ndim == 2) != model.multi_label or labels.max() >= model.num_classes:
+    from jdm.data.datasets import dataset
+
+    model, classes = joint.model, joint.config.data.classes
+    asked = labels.shape[1] if labels.ndim > 1 else dataset(name).num_classes
+    fits = asked == model.num_classes or (classes and asked > max(classes))
+    if not fits or (labels.ndim == 2) != model.multi_label:
         raise ValueError(
-            f"data.name={name!r} has other labels than the {model.num_classes} classes that this "
-            "model knows"
+            f"data.name={name!r} has {asked} classes; this model knows {model.num_classes}"
         )
+    if not (labels >= 0).any():
+        raise ValueError(f"data.name={name!r} has no labelled image in this split")
 
 
 def use_compilation_cache() -> None:

@@ -235,6 +235,13 @@ def check(config: ConfigDict, where: str) -> None:
             f"config.diffusion.variance={values['diffusion.variance']!r}; learned needs True, "
             "the fixed ones False"
         )
+    per_class = values["data.labelled_per_class"]
+    if per_class and (values["data.labelled_fraction"] < 1 or values["model.multi_label"]):
+        raise ConfigError(
+            f"config.data.labelled_per_class={per_class} goes neither with "
+            f"config.data.labelled_fraction={values['data.labelled_fraction']} below 1 nor with "
+            "config.model.multi_label=True"
+        )
     if values["data.batch_size"] % values["train.accumulate"]:
         raise ConfigError(
             f"config.data.batch_size={values['data.batch_size']} does not divide by "

@@ -21,7 +21,7 @@ from jdm.analysis.evaluate import classification
 from jdm.data.datasets import dataset
 from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
-from jdm.data.splits import load_split, splits_of, training_set
+from jdm.data.splits import keep_classes, load_split, splits_of, training_set
 from jdm.files import write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
@@ -132,9 +132,15 @@ def read(config: ConfigDict) -> tuple[TrainBatches, tuple[np.ndarray, np.ndarray
             workers=data.workers,
             **same,
         )
-        held_out = load_split(data.name, config.eval.split, data.dir, **same)
+        held_out = load_split(data.name, config.eval.split, data.dir, workers=data.workers, **same)
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error
+    if not len(labels) or not (held_out[1] >= 0).any():
+        raise configs.ConfigError(
+            f"config.data.validation={data.validation} leaves {len(labels):,} images to train on, "
+            f"and {len(held_out[1]):,} of config.eval.split={config.eval.split!r}, with or without "
+            "labels; both need images, and the second labelled ones"
+        )
     _check_labels(labels, model.num_classes, model.multi_label)
     known = np.sum(labels.reshape(len(labels), -1).max(axis=1) >= 0)
     print(
@@ -159,6 +165,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
         facts = dataset(config.data.name)
         if config.data.unlabelled:
             dataset(config.data.unlabelled)
+        keep_classes(np.zeros((0, facts.num_classes), np.int32), config.data.classes, facts)
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error
     for key, allowed in (

@@ -111,6 +111,7 @@ def test_train_sample_eval(tmp_path):
         (["data"], "action"),
         (["data", "prepare", "minst"], "name='minst' is unknown; known: digits, mnist, "),
         (["data", "prepare", "folder:w"], "name='folder:w' is not a folder"),
+        (["data", "prepare", "digits", "--size=0"], "--size=0 must be positive"),
         (["data", "show", "digits", "--out=x.jpg"], "--out=x.jpg must end in .png"),
         (["data", "show", "digits", "--split=val"], "--split='val' is unknown; digits has train"),
     ],

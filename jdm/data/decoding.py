@@ -33,7 +33,7 @@ def decode(encoded: bytes, size: int, channels: int) -> UInt8[np.ndarray, "size 
     from PIL import Image, ImageOps
 
     image = Image.open(io.BytesIO(encoded))
-    if image.format == "JPEG" and {"exif", "xmp"} & image.info.keys():  # else this is a copy
+    if {"exif", "xmp"} & image.info.keys():  # else this would be a copy
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))

@@ -24,13 +24,14 @@ class Listing:
     """What a folder held when it was looked at.
 
     classes: names in the order of the labels, which is that of the alphabet. files: {split: [(path
-    below the folder, label)]}. ignored: how many other files there were. fingerprint: of the names,
-    sizes and times of the files; another one means other images.
+    below the folder, label)]}. ignored: how many other files there were. total: bytes of all files.
+    fingerprint: of their names, sizes and times; another one means other images.
     """
 
     classes: tuple[str, ...]
     files: dict[str, list[tuple[str, int]]]
     ignored: int
+    total: int
     fingerprint: str
 
 
@@ -64,7 +65,7 @@ def listing(path: str) -> Listing:
     if len(classes) == 1:
         raise ValueError(f"{asked} has one class only, {classes[0]!r}; two or more are needed")
 
-    files, ignored, digest = {}, 0, hashlib.sha256()
+    files, ignored, total, digest = {}, 0, 0, hashlib.sha256()
     for split, folder in folders.items():
         strange = sorted(set(_folders(folder)) - set(classes))
         if strange:
@@ -76,13 +77,16 @@ def listing(path: str) -> Listing:
                     ignored += 1
                     continue
                 where = os.path.relpath(entry.path, root)
-                state = entry.stat()
+                state = entry.stat(follow_symlinks=os.path.exists(entry.path))
+                total += state.st_size
                 digest.update(f"{where}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
                 files[split].append((where, label))
         empty = set(range(len(classes))) - {label for _, label in files[split]}
         if split == "train" and empty:
             raise ValueError(f"{asked}: the class {classes[min(empty)]!r} has no PNG or JPEG file")
-    return Listing(tuple(classes), files, ignored, digest.hexdigest()[:12])
+        if not files[split]:
+            raise ValueError(f"{asked}: {split} has no PNG or JPEG file")
+    return Listing(tuple(classes), files, ignored, total, digest.hexdigest()[:12])
 
 
 def _folders(path: Path) -> list[str]:

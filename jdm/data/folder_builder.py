@@ -6,6 +6,7 @@ is not taken for the one that was prepared.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        if self._listing.ignored:
+            print(f"{self._listing.ignored:,} other files are ignored", file=sys.stderr)
         broken = self._broken()
         whole = sum(map(len, self._listing.files.values()))
         if broken and not self._skip_broken:
@@ -60,6 +63,9 @@ class Folder(tfds.core.GeneratorBasedBuilder):
             split: [(path, label) for path, label in files if path not in broken]
             for split, files in self._listing.files.items()
         }
+        for split, files in left.items():
+            if not files:
+                raise DataError(f"no image of {split} in {self._root} can be read")
         classes = {label for _, label in left["train"]}
         for label, name in enumerate(self._listing.classes):
             if label not in classes:
@@ -71,7 +77,11 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         paths = [path for files in self._listing.files.values() for path, _ in files]
         broken = {}
         for path in tqdm(paths, desc="checking", unit=" images"):
-            if why := check_image((self._root / path).read_bytes()):
+            try:
+                why = check_image((self._root / path).read_bytes())
+            except OSError as error:
+                why = error.strerror or "cannot be opened"
+            if why:
                 broken[path] = why
         return broken
 

@@ -1,12 +1,12 @@
 """Images: arrays of decoded ones, gathered by row, and the file that a decoded split is kept in.
 
 A split is decoded once; from then on its file is mapped into memory, by every process that reads
-it, and copied by none. What is too large for that stays encoded until its rows are asked for.
+it. What is too large for that stays encoded until its rows are asked for.
 """
 
 import itertools
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -134,8 +134,7 @@ def _write(folder: Path, records: Records, shape: tuple[int, ...] | None) -> Non
             f"decoded, the images take {needed / 2**20:,.0f} MiB, but {folder.parent} has room for "
             f"{free / 2**20:,.0f} MiB; data.cache_dir names another folder"
         )
-    making = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(making, ignore_errors=True)
+    making = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")  # of any host
     making.mkdir()
     try:
         labels = _write_images(making / "images.npy", records, shape) if shape else None

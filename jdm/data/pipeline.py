@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jdm.data import DataError
 from jdm.data.images import Encoded, Joined
 
 Batch = dict[str, np.ndarray]
@@ -56,7 +57,7 @@ class _HostBatches:
     """Random access to this host's rows of every global batch: the source under grain."""
 
     def __init__(self, images, labels, *, batch_size: int, seed: int, host: int, hosts: int):
-        self._images, self._labels = images, labels
+        self._images, self._labels, self.images = images, labels, len(images)
         self._batch_size, self._seed = batch_size, seed
         self._rows = batch_size // hosts
         self._first = host * self._rows
@@ -94,11 +95,17 @@ class TrainBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The number of batches handed out, as a dict that JSON can hold."""
-        return {"next_index": self._next}
+        """How many batches were handed out, and of how many images, as JSON can hold it."""
+        return {"next_index": self._next, "images": self._source.images}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a position: the next batch is the one that came next at `get_state`."""
+        """Moves to a position: the next batch is the one that came next at `get_state`.
+
+        Raises DataError where that was another number of images: the order would be another.
+        """
+        before, now = state.get("images", self._source.images), self._source.images
+        if before != now:
+            raise DataError(f"training began on {before:,} images, and now finds {now:,}")
         import grain  # here: takes about a second, and imports jax for its own use
 
         self._close()
@@ -140,9 +147,9 @@ def train_batches(
     workers: processes that gather the images, for those that are decoded only then; the batches are
     the same.
 
-    `get_state()` is the number of batches handed out, in a dict that JSON can hold; `set_state` of
-    it on any other such iterator, with any number of hosts or workers, goes on with exactly the
-    batch that would have come.
+    `get_state()` is the number of batches handed out, and of images, as JSON can hold it;
+    `set_state` of it on any other such iterator, with any number of hosts or workers, goes on with
+    exactly the batch that would have come.
 
     Raises ValueError for arrays, sizes or hosts that do not fit together.
     """

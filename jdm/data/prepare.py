@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jdm.data import DataError
-from jdm.data.datasets import Dataset, dataset
+from jdm.data.datasets import FOLDER, Dataset, dataset
+from jdm.data.folder import listing
 from jdm.data.records import make_builder
-from jdm.data.splits import load_split
+from jdm.data.splits import DECODED, stored_split, whole_split
 
 
 def prepare(
@@ -40,8 +41,8 @@ def prepare(
         _make_records(facts, builder, path)
     size = size or next(iter(facts.sizes), None)
     if size:
-        for split in {"train", "validation", "test"} & facts.splits.keys():
-            load_split(name, split, data_dir, size=size, channels=facts.channels or 3)
+        for split in {stored_split(facts, split) for split in facts.splits} - {"extra"}:
+            whole_split(facts, split, data_dir, size, facts.channels or 3)
     return path
 
 
@@ -62,15 +63,18 @@ def _make_records(facts: Dataset, builder: Any, path: Path) -> None:
     except DataError:
         raise
     except Exception as error:  # TFDS, its downloader and TensorFlow share no type
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        # ArrayRecord has no errno.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise DataError(f"no space is left in {path.parent} for {name}") from error
         if not facts.download:
             raise
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name} could not be downloaded and prepared: {said}") from error
     if facts.is_folder:  # what the folder held before
-        for old in path.parent.parent.glob(f"{builder.same_folder}*"):
-            if old != path.parent:
+        root = path.parents[2]
+        prepared = root.glob(f"folder/{builder.same_folder}*")
+        for old in (*prepared, *root.glob(f"{DECODED}/folder-{builder.same_folder}*")):
+            if path.parent.name not in old.name:
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -81,7 +85,10 @@ def mebibytes(count: int) -> str:
 def _check_room(facts: Dataset, path: Path) -> None:
     """Raises DataError where the disk cannot hold the download and what is made of it."""
     folder = next(parent for parent in path.parents if parent.exists())
-    needed, free = 2 * facts.download, shutil.disk_usage(folder).free
+    needed = 2 * facts.download
+    if facts.is_folder:
+        needed = listing(facts.name.removeprefix(FOLDER)).total
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
             f"preparing {facts.name} takes about {mebibytes(needed)}, but {folder} has room for "

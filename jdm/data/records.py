@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,12 +36,12 @@ class Records:
     """
 
     def __init__(self, name: str, split: str, data_dir: str = ""):
-        self.facts = dataset(name)
+        self.facts, self._data_dir = dataset(name), data_dir
         builder = prepared(self.facts, data_dir)
         self.path = Path(builder.data_path)
         # Below the root are name, the configuration where a builder has one, and version.
         self.root = self.path.parents[2 if self.facts.is_folder else 1]
-        with _damage(self.facts, self.path):
+        with _damage(self.facts, self.path, self._data_dir):
             import tensorflow_datasets as tfds
             from tensorflow_datasets.proto import tf_example_pb2
 
@@ -68,12 +69,12 @@ class Records:
         return len(self._source)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        with _damage(self.facts, self.path):
+        with _damage(self.facts, self.path, self._data_dir):
             return self._record(i, self._source[i])
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Several at once, which takes a fraction of the time of one by one."""
-        with _damage(self.facts, self.path):
+        with _damage(self.facts, self.path, self._data_dir):
             stored = self._source.__getitems__(rows)
             return [self._record(i, one) for i, one in zip(rows, stored, strict=True)]
 
@@ -95,22 +96,24 @@ class Records:
         return {"image": image, "label": np.int32(label)}
 
     def fingerprint(self, split: str) -> str:
-        """Of the split's files: what was decoded from others is not taken for them."""
-        digest = hashlib.sha256()
-        for path in sorted(self.path.iterdir()):
-            if path.suffix == ".json" or f"-{split}." in path.name:
-                state = path.stat()
-                digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        """Of what the files say of themselves, and their sizes: the same for every copy of them."""
+        digest = hashlib.sha256((self.path / "dataset_info.json").read_bytes())
+        for path in sorted(self.path.glob(f"*-{split}.*")):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         return digest.hexdigest()[:8]
 
 
 @contextlib.contextmanager
-def _damage(facts: Dataset, path: Path) -> Iterator[None]:
+def _damage(facts: Dataset, path: Path, data_dir: str) -> Iterator[None]:
     """What goes wrong while prepared files are read, as a DataError."""
     try:
         yield
     except Exception as error:  # TFDS, ArrayRecord and PIL share no type for "damaged"
-        again = "they will be made again" if facts.alone else f"run {command(facts.name)} again"
+        again = (
+            "they will be made again"
+            if facts.alone
+            else f"run {command(facts.name, data_dir)} again"
+        )
         raise DataError(
             f"The prepared files of {facts.name} in {path} cannot be read ({error}): delete that "
             f"folder and {again}."
@@ -119,11 +122,13 @@ def _damage(facts: Dataset, path: Path) -> Iterator[None]:
 
 def command(name: str, data_dir: str = "") -> str:
     """What prepares a data set."""
-    return f"jdm data prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+    where = [f"--data_dir={data_dir}"] if data_dir else []
+    return shlex.join(["jdm", "data", "prepare", name, *where])
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:
-    """Whether a data set's files are there. Raises ValueError for an unknown name."""
+    """Whether a data set's files are there. Raises ValueError for an unknown name, DataError for
+    files of another format."""
     return make_builder(dataset(name), data_dir).data_path.exists()  # TFDS writes beside, renames
 
 
@@ -168,7 +173,13 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
             return module.Folder(path=facts.name.removeprefix(FOLDER), **options)
         finally:
             logging.set_verbosity(said)
-    return tfds.builder(facts.name, **options)
+    try:
+        return tfds.builder(facts.name, **options)
+    except ValueError as error:  # what is there already is in another format
+        raise DataError(
+            f"data.name={facts.name!r} is prepared in {data_dir or 'the usual folder of TFDS'} in "
+            "another format than array_record, which alone can be read; another data.dir is needed"
+        ) from error
 
 
 def write_records(builder: Any) -> None:

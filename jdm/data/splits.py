@@ -8,7 +8,6 @@ is settled once, before there are batches or hosts, by the seed where a draw is 
 """
 
 import functools
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from jdm.data.images import Encoded, Joined, decoded, kept_labels
 from jdm.data.labels import draw, hide_labels
 from jdm.data.records import Records
 
+DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared sets
 CARVED = 20_230_918  # the seed of what is carved: the same images in every run
 
 
@@ -35,6 +35,7 @@ def load_split(
     classes: Sequence[int] = (),
     validation: float = 0.0,
     cache_dir: str = "",
+    workers: int = 0,
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n ..."]]:
     """A whole split, decoded: images in [0, 255] and labels in [0, num_classes), -1 = unlabelled.
 
@@ -42,7 +43,8 @@ def load_split(
     "train", `validation`, where the set has none. data_dir: where TFDS keeps prepared data; "" is
     $TFDS_DATA_DIR, or else ~/tensorflow_datasets. size, channels: what the images are brought to;
     None is what the set has. classes: those that are kept, in the order of their new labels; empty
-    is all. cache_dir: of the decoded images; "" is a folder beside the prepared data.
+    is all. cache_dir: of the decoded images; "" is a folder beside the prepared data. workers: if
+    above 0, only the images that are asked for are decoded, and none are kept.
 
     Labels are int32 [N], of a multi-label set int8 [N, K]. The images may be mapped from a file.
 
@@ -53,11 +55,11 @@ def load_split(
     known = splits_of(facts, validation)
     if split not in known:
         raise ValueError(f"split={split!r} is unknown; {name} has {', '.join(known)}")
-    images, labels = _whole(facts, split, data_dir, size, channels, cache_dir)
+    images, labels = whole_split(facts, split, data_dir, size, channels, cache_dir, workers)
     rows = split_rows(facts, split, labels, validation)
     kept, labels = keep_classes(labels, classes, facts)
     rows = rows[kept[rows]]
-    if len(rows) == len(images):
+    if len(rows) == len(images) and not workers:
         return images, labels
     return images[rows], labels[rows]
 
@@ -88,7 +90,7 @@ def training_set(
     Raises ValueError, naming the config's key, and DataError as `load_split` does.
     """
     facts = dataset(name)
-    images, labels = _whole(facts, "train", data_dir, size, channels, cache_dir, workers)
+    images, labels = whole_split(facts, "train", data_dir, size, channels, cache_dir, workers)
     rows = split_rows(facts, "train", labels, validation)
     kept, labels = keep_classes(labels, classes, facts)
     rows = rows[kept[rows]]
@@ -99,7 +101,7 @@ def training_set(
     labels = hide_labels(labels[rows], labelled_fraction, labelled_per_class, seed)
     parts = [(images, rows)]
     if unlabelled:
-        others, their_labels = _whole(
+        others, their_labels = whole_split(
             dataset(unlabelled), "train", data_dir, size, channels, cache_dir, workers
         )
         theirs = split_rows(dataset(unlabelled), "train", their_labels, validation)
@@ -122,7 +124,7 @@ def split_rows(
     if split in facts.carved or (split == "train" and facts.carved):
         shares = {name: facts.splits[name] for name in facts.carved}
     elif "validation" not in facts.splits and split in ("train", "validation"):
-        shares = {"validation": round(validation * len(labels))}
+        shares = {"validation": max(round(validation * len(labels)), int(validation > 0))}
     else:
         return np.arange(len(labels))
     left = np.ones(len(labels), bool)
@@ -151,7 +153,7 @@ def keep_classes(
                 f"data.classes={tuple(classes)} must be different numbers from 0 to "
                 f"{facts.num_classes - 1}, the classes of {facts.name}"
             )
-    if facts.multi_label:
+    if labels.ndim > 1:
         return np.ones(len(labels), bool), labels[:, list(classes)]
     renumbered = np.full(facts.num_classes + 1, -1, np.int32)  # the last one is that of -1
     renumbered[list(classes)] = np.arange(len(classes))
@@ -159,32 +161,35 @@ def keep_classes(
     return (new >= 0) | (labels < 0), new
 
 
-def _whole(
+def stored_split(facts: Dataset, split: str) -> str:
+    """The split of the records that a split is read from."""
+    return "train" if split in facts.carved or split not in facts.splits else split
+
+
+def whole_split(
     facts: Dataset,
     split: str,
     data_dir: str,
     size: int | None,
     channels: int | None,
-    cache_dir: str,
+    cache_dir: str = "",
     workers: int = 0,
 ) -> tuple[np.ndarray | Encoded, np.ndarray]:
-    """All records that the split is read from: (images, labels)."""
-    stored = "train" if split in facts.carved or split not in facts.splits else split
+    """All records that the split is read from: (images, labels), decoded if need be."""
+    stored = stored_split(facts, split)
     records = Records(facts.name, stored, data_dir)
     size = size or (facts.sizes or (0,))[0]
     channels = channels or facts.channels
     if not size or not channels:
         raise ValueError(f"{facts.name} has images of any size; size and channels are needed")
-    root = Path(cache_dir).expanduser() if cache_dir else records.root / "jdm_decoded"
+    root = Path(cache_dir).expanduser() if cache_dir else records.root / DECODED
     where = "-".join(records.path.relative_to(records.root).parts)
     if workers:
         folder = root / f"{where}-{stored}-labels-{records.fingerprint(stored)}"
         reopen = functools.partial(Records, facts.name, stored, data_dir)
         return Encoded(reopen, len(records), size, channels), kept_labels(folder, records)
-    kind = f"{where}-{stored}-{size}x{size}x{channels}-v{VERSION}"
-    folder = root / f"{kind}-{records.fingerprint(stored)}"
+    shape = f"{size}x{size}x{channels}-v{VERSION}"
+    folder = root / f"{where}-{stored}-{shape}-{records.fingerprint(stored)}"
     if not folder.exists():
         print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
-        for old in root.glob(f"{kind}-????????"):
-            shutil.rmtree(old, ignore_errors=True)
     return decoded(folder, records, size, channels)

@@ -58,7 +58,8 @@ def test_the_first_broken_image_is_named_and_nothing_is_left(many, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_is_gone_is_one_sentence(many, tmp_path, monkeypatch):
+def test_a_process_that_is_gone_is_one_sentence(tmp_path, monkeypatch):
+    many = [jpeg(np.zeros((8, 8, 3), np.uint8))] * 3
     monkeypatch.setattr(decoding, "MANY", 0)
     monkeypatch.setattr(decoding.sys, "executable", "/bin/true")
     with pytest.raises(DataError, match="a process that decoded images was ended"):

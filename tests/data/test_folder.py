@@ -90,7 +90,7 @@ def test_a_folder_that_changed_is_not_the_one_that_was_prepared(folder, tmp_path
     assert "is not prepared in" in str(info.value)
     assert str(info.value).endswith(f"run jdm data prepare {name} --data_dir={data_dir}")
     after = prepare(name, data_dir)
-    assert not before.exists()
+    assert not before.exists() and not any((tmp_path / "data" / "jdm_decoded").iterdir())
     assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 10
     assert [path.name for path in after.parent.parent.iterdir()] == [after.parent.name]
 
@@ -140,6 +140,28 @@ def test_what_was_killed_does_not_look_prepared(folder, tmp_path, start_python):
         load_split(name, "train", data_dir, size=8, channels=3)
     prepare(name, data_dir)
     assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 9
+
+
+def test_a_file_that_cannot_be_opened_is_a_broken_one(folder, tmp_path):
+    (folder / "cat" / "7.png").symlink_to(tmp_path / "nowhere.png")
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    with pytest.raises(DataError, match=r"^1 of 10 images .*: cat/7\.png \(No such file"):
+        prepare(name, data_dir)
+    prepare(name, data_dir, skip_broken=True)
+    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 9
+
+
+def test_a_split_of_which_nothing_can_be_read_is_none(tmp_path):
+    for path in ("train/a/0.png", "train/b/0.png", "test/a/0.png"):
+        draw(tmp_path / "x" / path)
+    (tmp_path / "x" / "test" / "a" / "0.png").write_bytes(b"")
+    name = f"folder:{tmp_path / 'x'}"
+    with pytest.raises(DataError, match="^no image of test in .* can be read$"):
+        prepare(name, str(tmp_path / "data"), skip_broken=True)
+    (tmp_path / "x" / "test" / "a" / "0.png").unlink()
+    listing.cache_clear()
+    with pytest.raises(ValueError, match=": test has no PNG or JPEG file$"):
+        dataset(name)
 
 
 def test_a_class_of_which_nothing_can_be_read_is_no_class(folder, tmp_path):

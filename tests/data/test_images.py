@@ -65,6 +65,8 @@ def test_a_camera_that_was_turned_is_heeded():
     halves[:8] = 255
     turned = decode(encoded(halves, "JPEG", quality=95, exif=exif.tobytes()), 16, 3)
     assert turned[:7].max() < 40 and turned[9:].min() > 215
+    phone = encoded(halves, "MPO", quality=95, exif=exif.tobytes(), append_images=[], save_all=True)
+    np.testing.assert_array_equal(decode(phone, 16, 3), turned)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

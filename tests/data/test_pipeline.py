@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdm.data import DataError
 from jdm.data.pipeline import epoch_permutation, eval_batches, train_batches
 from jdm.data.splits import training_set
 
@@ -114,7 +115,20 @@ def test_workers_make_the_same_batches_and_go_on_exactly(digits_dir):
             for key in ("image", "label"):
                 assert expected[key].dtype == found[key].dtype
                 np.testing.assert_array_equal(expected[key], found[key])
-        assert pair.get_state() == alone.get_state() == {"next_index": position + 5}
+        assert (
+            pair.get_state()
+            == alone.get_state()
+            == {
+                "next_index": position + 5,
+                "images": 40,
+            }
+        )
+
+
+def test_a_position_among_other_images_is_refused():
+    state = train_batches(*numbered(50), batch_size=8, seed=1).get_state()
+    with pytest.raises(DataError, match="^training began on 50 images, and now finds 49$"):
+        train_batches(*numbered(49), batch_size=8, seed=1).set_state(state)
 
 
 def test_a_batch_may_be_larger_than_the_split():

@@ -140,6 +140,7 @@ def count_wrongly(folder: pathlib.Path) -> None:
 )
 def test_damaged_files_are_never_read_as_images(damage, reason, digits_dir, tmp_path):
     shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "jdm_decoded")
     folder = tmp_path / "digits" / "1.0.0"
     damage(folder)
     with pytest.raises(RuntimeError, match=f"{reason}.* delete that folder") as info:
@@ -313,16 +314,33 @@ def test_the_images_of_a_size_and_depth_of_ones_own(digits_dir):
     assert np.abs(images[:, ::2, ::2, :1].astype(float) - plain).mean() < 40
 
 
-def test_decoded_files_of_records_that_are_gone_are_cleared_away(digits_dir, tmp_path):
+def test_a_copy_of_the_records_shares_what_was_decoded(digits_dir, tmp_path):
+    for here in ("one", "two"):
+        shutil.copytree(pathlib.Path(digits_dir) / "digits", tmp_path / here / "digits")
+        next((tmp_path / here).rglob("*test.array_record*")).touch()  # at another time
+        load_split("digits", "test", str(tmp_path / here), cache_dir=str(tmp_path / "shared"))
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+def test_what_tfds_prepared_in_another_format_is_one_sentence(digits_dir, tmp_path):
     shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
-    load_split("digits", "test", str(tmp_path))
-    kept = tmp_path / "jdm_decoded"
-    before = {path.name for path in kept.glob("*-test-*")}
-    path = next((tmp_path / "digits" / "1.0.0").glob("*test.array_record*"))
-    path.touch()  # written anew
-    load_split("digits", "test", str(tmp_path))
-    after = {path.name for path in kept.glob("*-test-*")}
-    assert len(before) == len(after) == 1 and before != after
+    path = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(records.DataError, match="^data.name='digits' is prepared in .* in another"):
+        load_split("digits", "test", str(tmp_path))
+
+
+def test_with_workers_nothing_is_kept_but_labels(digits_dir, tmp_path):
+    options = dict(classes=(1, 2), cache_dir=str(tmp_path))
+    images, labels = load_split("digits", "test", digits_dir, workers=1, **options)
+    assert all("-labels-" in path.name for path in tmp_path.iterdir())
+    kept, same = load_split("digits", "test", digits_dir, **options)
+    np.testing.assert_array_equal(images, kept)
+    np.testing.assert_array_equal(labels, same)
+
+
+def test_a_small_set_has_at_least_one_image_to_validate_on():
+    assert len(split_rows(facts_of(), "validation", np.zeros(5, np.int32), 0.05)) == 1
 
 
 def test_decoded_images_go_where_they_are_told(digits_dir, tmp_path):
