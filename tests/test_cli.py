@@ -196,7 +196,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path
 )
 def test_help_has_an_example(command):
     done = run(*command.split(), "--help")
-    assert done.returncode == 0 and f"example: jdm {command} " in " ".join(done.stdout.split())
+    assert done.returncode == 0 and f"example: jdm {command}" in " ".join(done.stdout.split())
 
 
 # Data ---------------------------------------------------------------------------------------------

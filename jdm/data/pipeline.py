@@ -111,8 +111,10 @@ class TrainBatches:
         self._close()
         self._next = state["next_index"]
         batches = grain.MapDataset.source(self._source)[self._next :]
-        # Four batches ahead: grain's default of 500 batches would be the whole memory.
-        reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        # Four batches ahead: grain's default of 500 batches would be the whole memory. Of a worker
+        # one thread: two that open the records at once would import TFDS at once, and deadlock.
+        threads = 1 if self._workers else 2
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
         batches = batches.to_iter_dataset(reading)
         if self._workers:
             from absl import flags
