@@ -6,6 +6,7 @@ is not taken for the one that was prepared.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         self._listing = listing(path)
         self._skip_broken = skip_broken
         where = hashlib.sha256(str(self._root).encode()).hexdigest()[:8]
-        self.same_folder = f"{self._root.name or 'root'}-{where}-"
+        # Letters and digits alone, as in the names that TFDS and a glob take.
+        self.same_folder = f"{re.sub(r'[^A-Za-z0-9]+', '_', self._root.name)}-{where}-"
         config = tfds.core.BuilderConfig(name=self.same_folder + self._listing.fingerprint)
         super().__init__(config=config, **kwargs)
 

@@ -113,6 +113,17 @@ def test_broken_images_are_named_and_counted_or_left_out(folder, tmp_path):
     np.testing.assert_array_equal(images[1], decode((folder / "cat" / "2.png").read_bytes(), 8, 3))
 
 
+def test_a_name_of_any_letters_is_prepared_and_cleared_away_like_others(folder, tmp_path):
+    folder = folder.rename(folder.with_name("my pets, [2] * ü"))
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    before = prepare(name, data_dir, size=8)
+    draw(folder / "dog" / "new.png")
+    listing.cache_clear()
+    prepare(name, data_dir, size=8)
+    assert not before.exists() and len(list((tmp_path / "data" / "jdm_decoded").iterdir())) == 1
+    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 10
+
+
 KILLED = """
 import os, signal, sys
 from jdm.data import folder_builder
