@@ -165,6 +165,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
         facts = dataset(config.data.name)
         if config.data.unlabelled:
             dataset(config.data.unlabelled)
+        # Of no image yet: whether there are such classes, before anything is decoded.
         keep_classes(np.zeros((0, facts.num_classes), np.int32), config.data.classes, facts)
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from error
