@@ -28,6 +28,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -99,8 +100,7 @@ def save(
             _sync(folder)
     except Exception as error:  # Orbax, tensorstore and the OS each raise types of their own
         if writer:
-            with contextlib.suppress(OSError):
-                _sweep(folder)
+            _sweep_failed(folder)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
@@ -341,6 +341,25 @@ def _sweep(folder: epath.Path) -> None:
     for path in folder.iterdir():
         if ".partial" in path.name:
             path.rmtree()
+
+
+def _sweep_failed(folder: epath.Path) -> None:
+    """The same after a save that failed, while tensorstore's own threads may still be writing.
+
+    What they write into makes removing it fail, or appears anew: two looks in a row must find
+    nothing. What is left after five seconds, the next save removes.
+    """
+    clean = 0 if folder.is_dir() else 2
+    for _ in range(50):
+        if clean == 2:
+            return
+        try:
+            left = any(".partial" in path.name for path in folder.iterdir())
+            _sweep(folder)
+            clean = 0 if left else clean + 1
+        except OSError:
+            clean = 0
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

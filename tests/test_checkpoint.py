@@ -1,5 +1,6 @@
 """jdm.checkpoint: what is saved comes back bit for bit, and damage is never restored."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -381,6 +385,24 @@ def test_failing_write(tmp_path):
     assert done.stderr == ""  # no tracebacks of Orbax's threads beside the one sentence
     assert names(tmp_path) == ["1"]
     checkpoint.verify(tmp_path, 1)
+
+
+def test_what_is_still_being_written_after_a_failure_is_removed_too(tmp_path):
+    (tmp_path / "1").mkdir()
+
+    def write():
+        for i in range(200):
+            path = tmp_path / "2.partial.orbax" / "weights" / str(i)
+            with contextlib.suppress(OSError):  # removed under its hands
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    checkpoint._sweep_failed(epath.Path(tmp_path))
+    thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_full_disk(tmp_path):
