@@ -29,6 +29,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -95,6 +96,7 @@ def save(
         with _checkpointer() as checkpointer:  # begins and ends with a barrier of all processes
             checkpointer.save(partial, args=ocp.args.Composite(**args))
         if writer:
+            _drop_paths(partial)
             _seal(partial)
             partial.rename(final)
             _sync(folder)
@@ -209,6 +211,7 @@ def restore(
     *,
     weights: PyTree | None = None,
     train_state: PyTree | None = None,
+    widen: bool = False,
 ) -> dict[str, PyTree]:
     """Verifies and restores the items for which a target is given, and reads no others.
 
@@ -216,6 +219,8 @@ def restore(
       workdir, step: which step.
       weights, train_state: abstract targets, pytrees of `jax.ShapeDtypeStruct` whose shardings say
         where each array goes; they need not be those it was saved with.
+      widen: floats may have been saved with fewer bits than their target has, such as float16 for
+        float32; no value changes. Otherwise every dtype must be the target's.
 
     Returns:
       {item: pytree of arrays, with the structure, dtypes and shardings of its target}.
@@ -231,7 +236,7 @@ def restore(
         for key, leaf in _leaves(target).items():
             if getattr(leaf, "sharding", None) is None:
                 raise ValueError(f"the restore target of {item} has no sharding at {key}")
-    return _read(workdir, step, targets)
+    return _read(workdir, step, targets, widen)
 
 
 def read_config(workdir: epath.PathLike, step: int) -> dict[str, Any]:
@@ -244,7 +249,9 @@ def read_data(workdir: epath.PathLike, step: int) -> Any:
     return _read(workdir, step, {"data": None})["data"]
 
 
-def _read(workdir: epath.PathLike, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+def _read(
+    workdir: epath.PathLike, step: int, targets: dict[str, Any], widen: bool = False
+) -> dict[str, Any]:
     """{item: abstract target, or None for JSON} -> {item: what was saved}."""
     verify(workdir, step, items=targets)
     root = _folder(workdir) / str(step)
@@ -255,19 +262,21 @@ def _read(workdir: epath.PathLike, step: int, targets: dict[str, Any]) -> dict[s
         if _HANDLERS[item] is ocp.JsonCheckpointHandler:
             args[item] = ocp.args.JsonRestore()
         else:
-            _check_fits(root / item, target)
+            _check_fits(root / item, target, widen)
             args[item] = ocp.args.StandardRestore(target)
     with _checkpointer() as checkpointer:
         restored = checkpointer.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}
 
 
-def _check_fits(path: epath.Path, target: PyTree) -> None:
+def _check_fits(path: epath.Path, target: PyTree, widen: bool) -> None:
     """Orbax names no key when shapes differ and casts dtypes unasked, so both are compared here."""
     with _quiet():
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(path).tree)
     wanted = _leaves(target)
     for key in wanted | saved:
+        if widen and _widens(saved.get(key), wanted.get(key)):
+            continue
         want, found = _describe(wanted.get(key)), _describe(saved.get(key))
         if want != found:
             raise CheckpointError(f"{path} does not fit at {key}: expected {want}, found {found}")
@@ -276,6 +285,14 @@ def _check_fits(path: epath.Path, target: PyTree) -> None:
 def _leaves(tree: PyTree) -> dict[str, Any]:
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _widens(saved: Any, wanted: Any) -> bool:
+    """Whether every value of the saved array is one of the wanted array's type, a wider float."""
+    if saved is None or wanted is None or saved.shape != wanted.shape:
+        return False
+    floats = all(jax.dtypes.issubdtype(x.dtype, np.floating) for x in (saved, wanted))
+    return floats and jax.numpy.promote_types(saved.dtype, wanted.dtype) == wanted.dtype
 
 
 def _describe(leaf: Any) -> str:
@@ -316,6 +333,16 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 def _digest(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _drop_paths(root: epath.Path) -> None:
+    """Takes the path of this machine out of Orbax's commit files; a folder may be given to others.
+
+    The files stay: where a rename is a copy, Orbax goes by their being there.
+    """
+    for path in _walk(root):
+        if path.name == "commit_success.txt":
+            path.write_text("Checkpoint commit was successful\n")
 
 
 def _seal(root: epath.Path) -> None:
@@ -384,7 +411,9 @@ def _quiet() -> Iterator[None]:
     loggers, hook = [logging.getLogger("absl"), logging.getLogger("asyncio")], sys.unraisablehook
 
     def elsewhere(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname + record.getMessage()
+        raised = record.exc_info and record.exc_info[1]
+        trace = "".join(traceback.format_exception(raised)) if raised else ""
+        return "orbax" not in record.pathname + record.getMessage() + trace
 
     def unraisable(event: Any) -> None:
         if str(event.exc_value) != "Event loop is closed":

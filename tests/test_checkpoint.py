@@ -299,6 +299,54 @@ def test_mismatch_names_the_key(saved, key, leaf, message):
         checkpoint.restore(saved[0], 7, weights=target)
 
 
+def half_and_targets(saved):
+    """Weights in half precision, and a function that makes targets of them of another dtype."""
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16), saved[1]["weights"])
+
+    def target(dtype):
+        return abstract(jax.tree.map(lambda x: jnp.asarray(x, dtype), half))
+
+    return half, target
+
+
+def test_narrow_floats_are_widened_where_that_is_asked_for(saved, tmp_path):
+    half, target = half_and_targets(saved)
+    checkpoint.save(tmp_path, 1, weights=half, config=CONFIG, keep=1)
+    got = checkpoint.restore(tmp_path, 1, weights=target(np.float32), widen=True)["weights"]
+    assert_same(got, jax.tree.map(lambda x: x.astype(np.float32), half))
+    with pytest.raises(CheckpointError, match=r"expected float32\[3\], found float16\[3\]"):
+        checkpoint.restore(tmp_path, 1, weights=target(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.int32])
+def test_widening_changes_no_value(saved, dtype, tmp_path):
+    """Neither a wide float to a narrow one, nor a float to what is none or holds other values."""
+    half, target = half_and_targets(saved)
+    stored = np.float32 if dtype == np.float16 else np.float16
+    weights = jax.tree.map(lambda x: x.astype(stored), half)
+    checkpoint.save(tmp_path, 1, weights=weights, config=CONFIG, keep=1)
+    with pytest.raises(CheckpointError, match=f"expected {jnp.dtype(dtype)}.*, found float"):
+        checkpoint.restore(tmp_path, 1, weights=target(dtype), widen=True)
+
+
+def test_widening_does_not_excuse_a_shape(saved, tmp_path):
+    half, target = half_and_targets(saved)
+    checkpoint.save(tmp_path, 1, weights=half, config=CONFIG, keep=1)
+    wanted = target(np.float32)
+    bias = wanted["params"]["conv"]["bias"]
+    wanted["params"]["conv"]["bias"] = jax.ShapeDtypeStruct(
+        (4,), bias.dtype, sharding=bias.sharding
+    )
+    with pytest.raises(CheckpointError, match=r"conv/bias: expected float32\[4\], found float16"):
+        checkpoint.restore(tmp_path, 1, weights=wanted, widen=True)
+
+
+def test_a_step_does_not_tell_where_it_was_saved(saved):
+    workdir = os.fsencode(saved[0])
+    for path in step_dir(saved[0], 7).rglob("*"):
+        assert not path.is_file() or workdir not in path.read_bytes()
+
+
 def test_target_without_sharding(saved):
     target = jax.eval_shape(lambda: saved[1]["weights"])
     with pytest.raises(ValueError, match="no sharding at params/conv/bias"):
