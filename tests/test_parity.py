@@ -4,6 +4,7 @@ Tolerances are shares of the largest value of an array: 1e-4; 1e-3 for gradients
 the end of a chain of steps; 1e-6 for tables.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,8 @@ from jdm import convert
 from jdm.diffusion import guidance
 from jdm.diffusion.guidance import Network
 from jdm.diffusion.process import Diffusion, Estimate, Level
-from jdm.diffusion.samplers import SAMPLERS, Position
+from jdm.diffusion.samplers import SAMPLERS
+from jdm.diffusion.samplers.base import Visit
 from jdm.joint import make_network
 from jdm.nn.model import JointModel
 
@@ -46,8 +48,10 @@ def run(request, published):
         estimate = diffusion.estimate(raw, x, t)
         ancestral = SAMPLERS["ancestral"](diffusion, eta=0.0)
         x0 = diffusion.x0_from_eps(x, t, estimate.eps)
-        after = ancestral(x, x0, estimate, Position(t, at_t, at_s), lambda: noise)
-        return raw, features, network.classify(features, t), after
+        visit = Visit(t, at_t, at_t, at_s, arriving=False)
+        _, after = ancestral.step(ancestral.init(x), x, x0, estimate, visit, lambda: noise)
+        after = jnp.where(at_s.noise > 0, after, x0)
+        return raw, features, model.apply(weights, features, t, method="classify"), after
 
     with jax.default_matmul_precision("highest"):
         yield SimpleNamespace(
@@ -145,14 +149,16 @@ def test_published_guidance(run):
     @jax.jit
     def both(weights, x, t, told, labels):
         """Gradients at the representations; the head is told the time of the first rows, then 0."""
+        logits = partial(model.apply, weights, method="classify")
         network = Network(
             encode=lambda x, t, nudges=None: model.apply(weights, x, t, nudges, method="encode"),
             decode=lambda z, x, t: Estimate(model.apply(weights, z, t, method="decode")),
-            classify=lambda z, t: model.apply(weights, z, told, method="classify"),
+            log_probabilities=lambda z, t: jax.nn.log_softmax(logits(z, told)),
         )
-        _, up, features = guidance.gradients(network, x, t, labels)
-        each = entropies(network.classify(features, t), labels)
-        moved = guidance.published(network, run.diffusion, labels, 10.0)(x, t)
+        targets = jax.nn.one_hot(labels, model.num_classes)
+        _, up, features = guidance.gradients(network, x, t, targets)
+        each = entropies(logits(features, told), labels)
+        moved = guidance.guide(network, run.diffusion, "published", targets, 10.0)(x, t)
         return each, jax.tree.map(jnp.negative, up), moved.eps  # here: what the decoder says
 
     def twice(x):

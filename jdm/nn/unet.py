@@ -46,6 +46,15 @@ def level_sizes(image_size: int, levels: int) -> tuple[int, ...]:
     return tuple(image_size // 2**level for level in range(levels))
 
 
+def block_names(levels: int, blocks: int) -> Features:
+    """The names of the representations, in their places; those of the parameters that made them."""
+    skips = ["stem"]
+    for level in range(levels):
+        skips += [f"encoder_{level}_{block}" for block in range(blocks)]
+        skips += [f"down_{level}"] * (level < levels - 1)
+    return Features("mid", tuple(skips))
+
+
 def time_embedding(t: Int[Array, " b"], width: int) -> Float[Array, "b width"]:
     """Sinusoids of the integer t, cosines first: frequencies exp(-ln 10000 · i / (width/2))."""
     half = width // 2

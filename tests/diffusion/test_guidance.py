@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, REACH, Network
+from jdm.diffusion.guidance import (
+    DEFAULT_SCALES,
+    GUIDANCE,
+    REACH,
+    SCALE_SCHEDULES,
+    Network,
+    answers,
+    block_mask,
+    guide,
+)
 from jdm.diffusion.process import PREDICTIONS, Diffusion, Estimate
 from jdm.diffusion.samplers import sample
 
@@ -32,15 +41,26 @@ X = noise(1, 5, *SHAPE)
 
 
 def run(
-    guidance: str, network: Network, labels=LABELS, scale=1.0, x=X, t=TIMES, diffusion=DIFFUSION
+    guidance: str,
+    network: Network,
+    labels=LABELS,
+    scale=1.0,
+    x=X,
+    t=TIMES,
+    diffusion=DIFFUSION,
+    **options,
 ):
-    """The guided estimate, compiled once for all scales."""
-    return guided(guidance, network, diffusion, labels, jnp.float32(scale), x, t)
+    """The guided estimate, compiled once for all scales. labels: of 3 classes, or weights."""
+    targets = None if labels is None else jnp.asarray(labels)
+    if targets is not None and targets.ndim == 1:
+        targets = jax.nn.one_hot(targets, 3)  # -1: a row of zeros
+    options = tuple(options.items())
+    return guided(guidance, network, diffusion, targets, jnp.float32(scale), x, t, options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def guided(guidance, network, diffusion, labels, scale, x, t):
-    return GUIDANCE[guidance](network, diffusion, labels, scale)(x, t)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 7))
+def guided(guidance, network, diffusion, targets, scale, x, t, options):
+    return guide(network, diffusion, guidance, targets, scale, **dict(options))(x, t)
 
 
 # A mixture of Gaussians: the exact noise estimate and the exact classifier, in float64.
@@ -86,7 +106,7 @@ def mixture(diffusion: Diffusion) -> Network:
         eps = jnp.sqrt(1 - abar) * offsets / (abar * VARIANCE + 1 - abar)
         return Estimate((shares * eps).sum(axis=1), jnp.tanh(features["image"]))
 
-    return Network(encode, decode, lambda features, t: parts(features, t)[1])
+    return Network(encode, decode, lambda z, t: jax.nn.log_softmax(parts(z, t)[1]))
 
 
 def numbers():
@@ -116,9 +136,9 @@ def test_pixel_takes_from_eps_the_gradient_of_the_classifier(scale):
 def test_pixel_at_scale_one_samples_the_asked_class():
     labels = jnp.arange(3, dtype=jnp.int32).repeat(400)
     diffusion = Diffusion(200, variance="fixed_small")
-    eps_fn = GUIDANCE["pixel"](mixture(diffusion), diffusion, labels, 1.0)
+    eps_fn = guide(mixture(diffusion), diffusion, "pixel", jax.nn.one_hot(labels, 3), 1.0)
     keys = jax.vmap(jax.random.key)(np.arange(1200))
-    draw = jax.jit(lambda keys: sample(eps_fn, diffusion, keys, SHAPE, steps=200, clip=False))
+    draw = jax.jit(lambda keys: sample(eps_fn, diffusion, keys, SHAPE, steps=200, threshold="none"))
     images = np.asarray(draw(keys)).reshape(3, 400, *SHAPE)
     # 400 draws: 5 % of the deviation is one standard error of the mean, 3.5 % of the deviation;
     # 200 steps make it about 4 % too small.
@@ -181,7 +201,7 @@ def layered(shown: str) -> Network:
         return Estimate(jnp.tanh(features[shown]).reshape(x.shape))
 
     def classify(features, t):
-        return features["late"] @ READ.T + 0.3 * features["early"][:, :3]
+        return answers(features["late"] @ READ.T + 0.3 * features["early"][:, :3], False)
 
     return Network(encode, decode, classify)
 
@@ -223,11 +243,9 @@ def test_representations_move_along_the_total_derivative_and_eps_as_far_as_under
     def length(*arrays):
         return np.sqrt(sum((a**2).sum(axis=1, keepdims=True) for a in arrays))
 
-    p = REACH * length(*features.values()) / length(*total.values())
+    p = REACH["eps"] * length(*features.values()) / length(*total.values())
     # The decoder shows one layer through a tanh, so that the derivative alone would not do.
-    change = np.tanh(features[layer] + p * total[layer]) - np.tanh(
-        features[layer] - p * total[layer]
-    )
+    change = np.tanh(features[layer] + p * total[layer]) - np.tanh(features[layer])
     # eps + d moves the estimate of x_0 along -d.
     sense = -np.sign((change * toward).sum(axis=1, keepdims=True))
     b = np.sqrt(1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None]
@@ -239,7 +257,7 @@ def test_representations_move_along_the_total_derivative_and_eps_as_far_as_under
 
 
 def test_a_classifier_without_an_opinion_changes_nothing():
-    network = layered("late")._replace(classify=lambda features, t: jnp.zeros((5, 3)))
+    network = layered("late")._replace(log_probabilities=lambda features, t: jnp.zeros((5, 3)))
     plain = run("none", network)
     np.testing.assert_array_equal(run("representation", network, scale=5.0).eps, plain.eps)
 
@@ -296,7 +314,7 @@ def gaussian_network(diffusion: Diffusion, variance: float) -> Network:
 
     def classify(z, t):
         score = (z * CENTRES[0]).sum(axis=(1, 2, 3))
-        return jnp.stack([score, -score, jnp.zeros_like(score)], axis=1)
+        return answers(jnp.stack([score, -score, jnp.zeros_like(score)], axis=1), False)
 
     return Network(encode, decode, classify)
 
@@ -336,3 +354,112 @@ def test_the_best_decoders_are_the_best():
 def test_every_guidance_has_a_default_scale():
     assert list(DEFAULT_SCALES) == list(GUIDANCE)
     assert all(scale > 0 for name, scale in DEFAULT_SCALES.items() if name != "none")
+
+
+# What is leaned toward, and how strongly.
+
+
+@pytest.mark.parametrize("guidance", [name for name in GUIDANCE if name != "none"])
+def test_a_row_of_zeros_is_not_guided(guidance):
+    network = layered("late")
+    mixed = np.asarray(
+        run(guidance, network, labels=LABELS.at[1].set(-1).at[4].set(-1), scale=2.0).eps
+    )
+    guided = np.asarray(run(guidance, network, scale=2.0).eps)
+    plain = np.asarray(run("none", network).eps)
+    np.testing.assert_allclose(mixed[[1, 4]], plain[[1, 4]], atol=1e-6)
+    np.testing.assert_allclose(mixed[[0, 2, 3]], guided[[0, 2, 3]], atol=1e-6)
+    assert np.abs(guided[[1, 4]] - plain[[1, 4]]).max() > 1e-3
+
+
+def test_a_distribution_weighs_the_gradients_of_its_classes():
+    weights = np.random.default_rng(4).dirichlet([1, 1, 1], size=5)
+    _, each, eps = numbers()
+    toward = (weights[:, :, None, None, None] * each).sum(axis=1)
+    ours = run("pixel", mixture(DIFFUSION), labels=jnp.asarray(weights, jnp.float32), scale=2.0)
+    np.testing.assert_allclose(ours.eps, eps + 2 * (toward - eps), atol=4e-4)
+
+
+def test_the_answers_of_a_model_that_knows_several_labels():
+    logits = jnp.asarray([[2.0, -1.0], [0.0, 30.0]])
+    yes, no = np.split(np.exp(np.asarray(answers(logits, True), np.float64)), 2, axis=1)
+    np.testing.assert_allclose(yes, 1 / (1 + np.exp(-np.asarray(logits, np.float64))), rtol=1e-5)
+    np.testing.assert_allclose(no, 1 / (1 + np.exp(np.asarray(logits, np.float64))), rtol=1e-4)
+    one = np.exp(np.asarray(answers(logits, False)))
+    np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_both_is_the_mean_of_pixel_and_representation():
+    network = layered("late")
+    estimates = [run(name, network, scale=3.0).eps for name in ("both", "pixel", "representation")]
+    np.testing.assert_allclose(estimates[0], (estimates[1] + estimates[2]) / 2, atol=1e-5)
+    assert np.abs(estimates[1] - estimates[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("guidance", ["representation", "published"])
+def test_only_the_blocks_that_are_named_move(guidance):
+    """The decoder shows the late layer: with the early one alone moving, it shows nothing new."""
+    network, plain = layered("late"), run("none", layered("late"))
+    targets = jax.nn.one_hot(LABELS, 3)
+    early, late = (
+        guide(network, DIFFUSION, guidance, targets, 2.0, blocks=blocks)(X, TIMES)
+        for blocks in ({"early": True, "late": False}, {"early": False, "late": True})
+    )
+    np.testing.assert_allclose(early.eps, plain.eps, atol=1e-6)
+    assert np.abs(late.eps - plain.eps).max() > 1e-3
+
+
+def test_blocks_are_chosen_by_name():
+    names = {"early": "stem", "late": "mid"}
+    assert block_mask(names, None) is None
+    assert block_mask(names, ["mid"]) == {"early": False, "late": True}
+    with pytest.raises(ValueError, match="^blocks='top' is unknown; known: stem, mid$"):
+        block_mask(names, ["mid", "top"])
+    with pytest.raises(ValueError, match="^blocks is empty"):
+        block_mask(names, [])
+
+
+def test_inner_steps_follow_the_derivative_where_the_last_one_ended():
+    """By hand, in float64: each goes half of the stretch."""
+    x = np.asarray(X, np.float64).reshape(5, 4)
+    moved = {"early": np.zeros((5, 4)), "late": np.zeros((5, 4))}
+    features = layers(np, x, moved)
+
+    def length(arrays):
+        return np.sqrt(sum((a**2).sum(axis=1, keepdims=True) for a in arrays.values()))
+
+    def slope_at(moved, name):
+        return slopes(lambda h: log_likelihood(x, moved | {name: moved[name] + h}), (5, 4))
+
+    for _ in range(2):
+        slope = {name: slope_at(moved, name) for name in moved}
+        p = REACH["eps"] / 2 * length(features) / length(slope)
+        moved = {name: moved[name] + p * slope[name] for name in moved}
+    # With scale 1 and the change of known length, its direction is what is left to compare.
+    change = np.tanh(features["late"] + moved["late"]) - np.tanh(features["late"])
+    plain = np.tanh(features["late"])
+    ours = run("representation", layered("late"), inner_steps=2).eps.reshape(5, 4) - plain
+    cosine = (ours * change).sum(axis=1) / np.linalg.norm(ours, axis=1)
+    np.testing.assert_allclose(np.abs(cosine) / np.linalg.norm(change, axis=1), 1, atol=1e-4)
+    once = run("representation", layered("late")).eps.reshape(5, 4) - plain
+    assert np.abs(once - ours).max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", SCALE_SCHEDULES)
+def test_a_schedule_of_the_scale_is_1_in_the_mean(schedule):
+    u = jnp.linspace(0, 1, 1001)
+    assert SCALE_SCHEDULES[schedule](u).mean() == pytest.approx(1, abs=2e-3)
+    # The times of X are 0 to 199 of 200, so u is 0 to 1.
+    factors = np.asarray(SCALE_SCHEDULES[schedule](TIMES / 199))
+    network, plain = layered("late"), run("none", layered("late")).eps
+    for name in ("pixel", "representation"):
+        constant = run(name, network, scale=2.0).eps - plain
+        ours = run(name, network, scale=2.0, schedule=schedule).eps - plain
+        np.testing.assert_allclose(ours, factors[:, None, None, None] * constant, atol=1e-5)
+
+
+def test_unknown_names_are_one_sentence():
+    with pytest.raises(ValueError, match="^guidance='clip' is unknown; known: none, pixel, repre"):
+        guide(layered("late"), DIFFUSION, "clip", None, 1.0)
+    with pytest.raises(ValueError, match="^scale_schedule='up' is unknown; known: constant, early"):
+        guide(layered("late"), DIFFUSION, "pixel", None, 1.0, schedule="up")
