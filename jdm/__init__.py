@@ -1,7 +1,7 @@
 """jdm: joint diffusion models. One network that generates, classifies and explains.
 
     import jdm
-    joint = jdm.load("runs/digits")
+    joint = jdm.load("digits")  # or a work folder: "runs/digits"
     samples = jdm.sample(joint, labels=[3, 3, 5], seeds=range(3), guidance="representation")
     jdm.classify(joint, samples.images)
 
@@ -14,10 +14,13 @@ _HOMES = {
     "load": "jdm.joint",
     "classify": "jdm.joint",
     "Joint": "jdm.joint",
+    "edit": "jdm.sampling",
+    "interpolate": "jdm.sampling",
+    "invert": "jdm.sampling",
     "sample": "jdm.sampling",
     "Samples": "jdm.sampling",
 }
-__all__ = ["Joint", "Samples", "classify", "load", "sample"]
+__all__ = ["Joint", "Samples", "classify", "edit", "interpolate", "invert", "load", "sample"]
 
 
 def __getattr__(name: str):

@@ -18,7 +18,7 @@ from jdm import flags
 from jdm.files import write_whole
 
 
-class UsageError(Exception):
+class UsageError(flags.FlagError):
     """A flag that cannot be right: exit status 2."""
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         if overrides and getattr(arguments, "config", None) is None:
             raise UsageError(f"{overrides[0]} goes with --config; a checkpoint has its config")
         arguments.run(arguments)
-    except (UsageError, configs.ConfigError) as error:
+    except (flags.FlagError, configs.ConfigError) as error:
         _exit(arguments.command, error, 2)
     except (Failure, OSError) as error:
         _exit(arguments.command, error, 1)
@@ -73,38 +73,44 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> None:
     """jdm sample"""
-    seeds = _numbers("seeds", arguments.seeds)
-    labels = None
-    if arguments.labels is not None:
-        asked = _numbers("labels", arguments.labels)
-        labels = list(itertools.islice(itertools.cycle(asked), len(seeds)))
+    seeds = flags.numbers("seeds", arguments.seeds)
+    asked = None if arguments.labels is None else flags.labels(arguments.labels)
     out = _writable("out", arguments.out)
+    _check_hosts(arguments)
 
     use_compilation_cache()
-    from jdm import sampling
+    _join_hosts(arguments)
+    from jdm.sampling import check, check_format, runs
 
-    options = dict(
-        labels=labels,
-        seeds=seeds,
-        sampler=arguments.sampler,
-        steps=int(arguments.steps) if arguments.steps.isdecimal() else arguments.steps,
-        guidance=arguments.guidance,
-        scale=arguments.scale,
-        eta=arguments.eta,
-        clip=arguments.clip,
-        batch_size=arguments.batch_size,
-    )
+    names = ("checkpoint", "classifier")
+    plain = ("sampler", "spacing", "eta", "threshold", "guidance", "scale", "scale_schedule")
     try:
-        sampling.check_format(out)
+        film = check_format(out) == ".gif"
         joint = _load("checkpoint", arguments.checkpoint)
-        if arguments.classifier is not None:
-            options["classifier"] = _load("classifier", arguments.classifier)
-        sampling.check(joint, **options)
+        classifier = arguments.classifier and _load("classifier", arguments.classifier)
+        request = check(
+            joint,
+            labels=None if asked is None else _labels(asked, len(seeds), joint.model),
+            seeds=seeds,
+            steps=int(arguments.steps) if arguments.steps.isdecimal() else arguments.steps,
+            blocks=arguments.blocks and arguments.blocks.split(","),
+            inner_steps=arguments.inner_steps,
+            classifier=classifier,
+            film=film,
+            batch_size=arguments.batch_size,
+            **{name: getattr(arguments, name) for name in plain},
+        )
+        given = {name: getattr(arguments, name) for name in names}
+        settings = runs.settings_of(joint, request, **given)
+        runs.check_out(out, settings, arguments.resume)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    samples = sampling.sample(joint, **options)
-    samples.save(out)
-    print(f"wrote {len(seeds)} images to {out}")
+    options = dict(resume=arguments.resume, batch_size=arguments.batch_size)
+    try:
+        done = runs.run(joint, request, settings, out, **options)
+    except MemoryError as error:
+        raise Failure(error) from error
+    print(f"wrote {len(seeds)} images to {out}" if done else f"{out} is complete already")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -292,6 +298,45 @@ def _check_size(size: int | None) -> None:
         raise UsageError(f"--size={size} must be positive")
 
 
+def _labels(asked: list[dict[int, float]], count: int, model):
+    """What is asked, over and over until there are `count`, as jdm.sample takes it."""
+    import numpy as np
+
+    wrong = [label for one in asked for label in one if label >= model.num_classes]
+    if wrong:
+        raise ValueError(
+            f"labels hold {wrong[0]}; this model knows the classes 0 to {model.num_classes - 1}"
+        )
+    asked = list(itertools.islice(itertools.cycle(asked), count))
+    if not model.multi_label and all(list(one.values()) in ([], [1.0]) for one in asked):
+        return [next(iter(one), None) for one in asked]
+    rows = np.full((count, model.num_classes), -1.0 if model.multi_label else 0.0)
+    for row, one in zip(rows, asked, strict=True):
+        row[list(one)] = list(one.values())
+    return rows
+
+
+def _check_hosts(arguments: argparse.Namespace) -> None:
+    given = (arguments.coordinator, arguments.hosts, arguments.host)
+    if any(flag is not None for flag in given) and (None in given or not arguments.distributed):
+        raise UsageError("--coordinator, --hosts and --host go together, with --distributed")
+    if arguments.hosts is not None and not 0 <= arguments.host < arguments.hosts:
+        raise UsageError(f"--host={arguments.host} must lie between 0 and {arguments.hosts - 1}")
+
+
+def _join_hosts(arguments: argparse.Namespace) -> None:
+    """Makes this process one of several, where it is said to be; waits for the others."""
+    if not arguments.distributed:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"the hosts did not come together: {reason}") from error
+
+
 def _check_fits(joint, name: str, labels) -> None:
     """Raises ValueError where the labels of a data set are not what the model answers."""
     from jdm.data.datasets import dataset
@@ -310,22 +355,9 @@ def _check_fits(joint, name: str, labels) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has said where, or that not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jdm" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    """[0, 1, 2, 3, 9] of "0-3,9"."""
-    numbers = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(
-                f"--{flag}={text} is not a list of whole numbers and ranges, such as 0-63 or 1,5"
-            )
-        numbers += range(int(first), int(last if dash else first) + 1)
-    if not numbers:
-        raise UsageError(f"--{flag}={text} is empty")
-    return numbers
+    where = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if "jax" in sys.modules:  # which read its environment when it was imported
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", where)
 
 
 def _writable(flag: str, out: str) -> Path:

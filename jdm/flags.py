@@ -7,6 +7,9 @@ import argparse
 from collections.abc import Callable, Mapping
 
 from jdm import config as configs
+from jdm.pretrained import PRETRAINED
+
+CHECKPOINT = f"a work folder, one of its checkpoints, or a packaged model: {', '.join(PRETRAINED)}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -14,6 +17,53 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+class FlagError(Exception):
+    """A flag that does not parse; the message is the whole sentence."""
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """[0, 1, 2, 3, 9] of "0-3,9". Raises FlagError."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise FlagError(
+                f"--{flag}={text} is not a list of whole numbers and ranges, such as 0-63 or 1,5"
+            )
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise FlagError(f"--{flag}={text} is empty")
+    return found
+
+
+def labels(text: str) -> list[dict[int, float]]:
+    """What is asked of each image, {class: weight}: [{3: 1}, {}, {3: 0.7, 5: 0.3}, {3: 1, 5: 0}]
+    of "3,none,3:0.7+5:0.3,3+!5"; ranges such as 0-9 are a class each. Raises FlagError.
+    """
+    found = []
+    for part in text.split(","):
+        if part == "none":
+            found.append({})
+        elif all(piece.isdecimal() for piece in part.split("-")):
+            found += [{label: 1.0} for label in numbers("labels", part)]
+        else:
+            found.append(dict(_answer(text, piece) for piece in part.split("+")))
+    return found
+
+
+def _answer(text: str, piece: str) -> tuple[int, float]:
+    """(class, weight) of "3", "!3" or "3:0.7"."""
+    label, colon, weight = piece.removeprefix("!").partition(":")
+    try:
+        if not label.isdecimal() or (colon and piece.startswith("!")):
+            raise ValueError
+        return int(label), float(weight) if colon else float(not piece.startswith("!"))
+    except ValueError:
+        raise FlagError(
+            f"--labels={text} is not a list such as 0-9, 3,none,5, 3:0.7+5:0.3 or 3+!5"
+        ) from None
 
 
 def parser(commands: Mapping[str, Callable]) -> argparse.ArgumentParser:
@@ -55,34 +105,66 @@ def parser(commands: Mapping[str, Callable]) -> argparse.ArgumentParser:
         "jdm sample --checkpoint=runs/digits --seeds=0-63 --labels=0,1,2 "
         "--guidance=representation --out=samples.png",
     )
-    new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
+    new.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     new.add_argument("--seeds", default="0-15", help="one image each: 0-63, or 1,5,9 (0-15)")
-    new.add_argument("--labels", help="classes, cycled over the seeds: 0,1,2")
     new.add_argument(
-        "--guidance", default="none", help="none, pixel, representation or published (none)"
+        "--labels",
+        help="cycled over the seeds: classes 0,1,2; none for an image without guidance; a mixture "
+        "of classes 3:0.7+5:0.3; where the model knows several labels, on and off: 3+!5",
+    )
+    new.add_argument(
+        "--guidance",
+        default="none",
+        help="none, pixel, representation, both or published (none)",
     )
     new.add_argument("--scale", type=float, help="of the guidance (its own default)")
-    new.add_argument("--classifier", help="a work folder whose classifier pixel guidance follows")
-    new.add_argument("--sampler", default="ddim", help="ddim or ancestral (ddim)")
+    new.add_argument(
+        "--scale_schedule",
+        default="constant",
+        help="of the scale on the way: constant, early, late or middle (constant)",
+    )
+    new.add_argument("--blocks", help="which representations move: mid,encoder_1_0 (all)")
+    new.add_argument("--inner_steps", type=int, default=1, help="in how many steps they move (1)")
+    new.add_argument(
+        "--classifier", help=f"whose classifier pixel guidance follows: {CHECKPOINT} (its own)"
+    )
+    new.add_argument("--sampler", default="ddim", help="ancestral, ddim, dpmpp_2m or heun (ddim)")
     new.add_argument(
         "--steps", default="50", help="noise levels visited, or of each section: 10,10,20 (50)"
     )
+    new.add_argument(
+        "--spacing",
+        default="uniform",
+        help="what those levels are even in: uniform, quadratic or log_snr (uniform)",
+    )
     new.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     new.add_argument(
-        "--no-clip",
-        dest="clip",
-        action="store_false",
-        help="estimates of the clean image may leave the range of pixels, as in the published code",
+        "--threshold",
+        default="static",
+        help="how estimates of the clean image are held in the range of pixels: static, dynamic, "
+        "or none, as in the published code (static)",
     )
-    new.add_argument("--batch_size", type=int, default=64, help="images per device and call (64)")
-    new.add_argument("--out", default="samples.png", help="a .png or .npz file (samples.png)")
+    new.add_argument(
+        "--batch_size",
+        type=int,
+        help="the most images per device and call (as many as are of use and fit in memory)",
+    )
+    new.add_argument(
+        "--out",
+        default="samples.png",
+        help="a .png, a .gif of the way, an .npz, or a folder of images (samples.png)",
+    )
+    new.add_argument(
+        "--resume", action="store_true", help="go on where a run to the same --out was interrupted"
+    )
+    _hosts(new)
 
     new = command(
         "eval",
         "Accuracy and cross-entropy.",
         "jdm eval --checkpoint=runs/digits --out=report/",
     )
-    new.add_argument("--checkpoint", required=True, help="a work folder, or one of its checkpoints")
+    new.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     new.add_argument("--data", help="another data set of the same classes (that of the training)")
     new.add_argument("--split", default="test", help="train, validation or test (test)")
     new.add_argument("--data_dir", default="", help="where prepared data is, if not as in training")
@@ -129,7 +211,7 @@ def parser(commands: Mapping[str, Callable]) -> argparse.ArgumentParser:
     new.add_argument("--from", dest="source", help="a state_dict, .pt or .safetensors")
     new.add_argument("--config", help="of its network; --config.SECTION.KEY=VALUE overrides")
     new.add_argument("--workdir", help="the work folder to make")
-    new.add_argument("--checkpoint", help="a work folder, or one of its checkpoints")
+    new.add_argument("--checkpoint", help=CHECKPOINT)
     new.add_argument("--to", help="the file to write, .pt or .safetensors")
     new.add_argument(
         "--without-head",
@@ -137,6 +219,18 @@ def parser(commands: Mapping[str, Callable]) -> argparse.ArgumentParser:
         help="the file has no classifier: a new head is initialised, or the head is left out",
     )
     return whole
+
+
+def _hosts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several hosts, each running this command; on TPU pods and under Slurm that is "
+        "all, elsewhere the next three flags say which",
+    )
+    command.add_argument("--coordinator", help="host:port of the first host, such as 10.0.0.2:8476")
+    command.add_argument("--hosts", type=int, help="how many there are")
+    command.add_argument("--host", type=int, help="which of them this is, from 0")
 
 
 def _data_dir(command: argparse.ArgumentParser) -> None:

@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 
 from jdm import checkpoint
 from jdm import config as configs
-from jdm.diffusion.guidance import Network
+from jdm.diffusion.guidance import Network, answers
 from jdm.diffusion.process import Diffusion, pixels_to_float
-from jdm.mesh import make_mesh, replicated
+from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, check_shape
+from jdm.pretrained import PRETRAINED
 
 
 def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Network:
@@ -34,7 +35,9 @@ def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Netwo
     return Network(
         encode=functools.partial(apply, "encode"),
         decode=lambda features, x, t: diffusion.estimate(apply("decode", features, t), x, t),
-        classify=functools.partial(apply, "classify"),
+        log_probabilities=lambda features, t: answers(
+            apply("classify", features, t), model.multi_label
+        ),
     )
 
 
@@ -43,7 +46,7 @@ def judged_by(network: Network, judge: Network) -> Network:
     return Network(
         encode=lambda x, t: (network.encode(x, t), judge.encode(x, t)),
         decode=lambda features, x, t: network.decode(features[0], x, t),
-        classify=lambda features, t: judge.classify(features[1], t),
+        log_probabilities=lambda features, t: judge.log_probabilities(features[1], t),
     )
 
 
@@ -53,10 +56,14 @@ def _denoise(model, diffusion, weights, xt, t):
     return network.decode(network.encode(xt, t), xt, t).eps
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(model, diffusion, weights, x, t):
-    network = make_network(model, diffusion, weights)
-    return network.classify(network.encode(x, t), t)
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, weights, x, t):
+    return model.apply(weights, model.apply(weights, x, t, method="encode"), t, method="classify")
+
+
+def answers_of(model: JointModel, weights: Any, x: Float[Array, "b h w c"], t: Int[Array, " b"]):
+    """Log-probabilities [B, M] of the model's answers, see guidance.answers."""
+    return answers(_logits(model, weights, x, t), model.multi_label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Joint:
     ) -> Float[Array, "b k"]:
         """Logits [B, K] for x at noise level t. t = 0 is what "the class of an image" means."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x.shape[:1])
-        return _logits(self.model, self.diffusion, self.weights, x, t)
+        return _logits(self.model, self.weights, x, t)
 
     @property
     def params(self) -> Any:
@@ -95,23 +102,38 @@ class Joint:
 
 
 def load(path: str | os.PathLike, step: int | None = None) -> Joint:
-    """The trained model in a work folder (or at <work folder>/checkpoints/<step>).
+    """The trained model in a work folder (or at <work folder>/checkpoints/<step>), or packaged.
 
-    step: which checkpoint; the newest where none is named. Reads weights and config only, and
-    verifies their checksums. The weights are laid on all devices.
+    path: a string that is the name of a packaged model (pretrained.PRETRAINED: "digits") means that
+    one; a work folder of the same name is "./digits". step: which checkpoint; the newest where none
+    is named. Reads weights and config only, and verifies their checksums. The weights are laid on
+    all devices of this host, as float32 where they were saved with fewer bits too.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one.
     """
-    workdir = epath.Path(path)
+    if path in PRETRAINED and checkpoint.steps(path):
+        warnings.warn(
+            f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
+            stacklevel=2,
+        )
+    workdir = epath.Path(PRETRAINED.get(path, path))
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
         workdir, step = workdir.parent.parent, int(workdir.name)
-    step = checkpoint.newest(workdir) if step is None else step
+    step = _newest(workdir) if step is None else step
     config = configs.from_dict(checkpoint.read_config(workdir, step))
     model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
-    target = abstract_weights(model, replicated(make_mesh()))
-    return Joint(
-        config, model, diffusion, checkpoint.restore(workdir, step, weights=target)["weights"]
-    )
+    target = abstract_weights(model, replicated(local_mesh()))
+    weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
+    return Joint(config, model, diffusion, weights)
+
+
+def _newest(workdir: epath.Path) -> int:
+    """Its newest checkpoint's step; where there is none, the error tells of the packaged models."""
+    try:
+        return checkpoint.newest(workdir)
+    except checkpoint.CheckpointError as error:
+        known = ", ".join(PRETRAINED)
+        raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
 
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:

@@ -48,7 +48,7 @@ def test_train_sample_eval(tmp_path):
         "--labels=0,1,2",
         "--guidance=representation",
         "--steps=2",
-        "--no-clip",
+        "--threshold=none",
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
@@ -61,9 +61,9 @@ def test_train_sample_eval(tmp_path):
             seeds=saved["seeds"],
             guidance="representation",
             steps=2,
-            clip=False,
+            threshold="none",
         )
-        np.testing.assert_array_equal(saved["images"], same.images)
+        np.testing.assert_array_equal(saved["arr_0"], same.images)
 
     done = run("eval", f"--checkpoint={workdir}", f"--out={tmp_path / 'report'}")
     assert done.returncode == 0, done.stderr
@@ -124,9 +124,15 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--out=x.jpg"], "--out='x.jpg' must end in one of .png, .npz"),
+        (["--out=x.jpg"], "--out='x.jpg' must end in one of .png, .npz, .gif, or be a folder"),
         (["--labels=3,10", "--guidance=pixel"], "--labels hold 10"),
-        (["--guidance=both", "--labels=1"], "--guidance='both' is unknown"),
+        (["--guidance=dual", "--labels=1"], "--guidance='dual' is unknown; known: none, pixel,"),
+        (["--labels=3:0.5+4:x"], "--labels=3:0.5+4:x is not a list such as 0-9, 3,none,5,"),
+        (["--labels=3:0.5", "--guidance=pixel"], "--labels hold the probabilities"),
+        (
+            ["--labels=1", "--guidance=both", "--blocks=top"],
+            "--blocks='top' is unknown; known: mid",
+        ),
         (["--steps=10,60"], "--steps=10,60 asks for 60 of the 25 times"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_separately_trained_noisy_classifier_guides_another_network(trained, o
     command = [sys.executable, "-c", SAMPLE_WITH_ANOTHER, joint, noisy, path]
     subprocess.run(command, env=optimised, check=True)
     with np.load(path) as saved:
-        assert agreement(saved["images"]) >= 0.7
+        assert agreement(saved["arr_0"]) >= 0.7
 
 
 def test_classifier_learned_too(workdir):

@@ -1,0 +1,161 @@
+"""Large runs: to a file or folder, in parts that outlive an interruption, on one host or several.
+
+    x.npz.parts/request.json      what is made, by which weights, in parts of how many images
+    x.npz.parts/<first>.npz       a part, written whole
+    x.npz                         appears when all parts are there; then they are removed
+
+Hosts (of one jax.distributed job, on a shared file system) take turns with the parts; the first of
+them puts the parts together.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jdm.files import write_whole
+from jdm.joint import Joint
+from jdm.sampling.make import Batch, joined, maker
+from jdm.sampling.request import Request
+from jdm.sampling.samples import SETTINGS, check_folder, check_format, differences
+from jdm.tracking import Progress
+
+LEAST = 256  # images of a part, where a batch is not larger
+RECORD = "request.json"
+
+
+def settings_of(joint: Joint, request: Request, **names: Any) -> dict[str, Any]:
+    """What to write down of a run: how, and digests of the weights and of all that was asked.
+
+    names: of the checkpoint and the like.
+    """
+    asked = [request.seeds] + ([] if request.labels is None else [request.labels])
+    return {
+        **names,
+        **request.settings(),
+        "images": len(request.seeds),
+        "seeds_and_labels": _digest(asked),
+        "weights": _digest(jax.tree.leaves(joint.weights)),
+    }
+
+
+def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Raises ValueError where a run to this path would mix with, or overwrite, another one."""
+    if check_format(out) == "":
+        check_folder(out, settings)
+    record = _parts(out) / RECORD
+    if not record.is_file():
+        return
+    if not resume:
+        raise ValueError(
+            f"out={str(out)!r}: a run to it was interrupted; --resume continues it, and deleting "
+            f"{_parts(out)} forgets it"
+        )
+    differing = differences(json.loads(record.read_text())["settings"], settings)
+    if differing:
+        raise ValueError(f"out={str(out)!r}: the interrupted run had other settings: {differing}")
+
+
+def run(
+    joint: Joint,
+    request: Request,
+    settings: dict[str, Any],
+    out: Path,
+    *,
+    resume: bool = False,
+    batch_size: int | None = None,
+) -> bool:
+    """Makes the images of a request and writes them to out; whether there was anything to do.
+
+    resume: goes on where an interrupted run to the same path stopped. settings: see settings_of.
+
+    Raises ValueError as `check_out` does.
+    """
+    check_out(out, settings, resume)
+    hosts, host = jax.process_count(), jax.process_index()
+    if resume and not _parts(out).exists() and _complete(out, settings):
+        return False
+    count = len(request.seeds)
+    share = request.part(slice(0, -(-count // hosts)))
+    print(f"compiling {_in_words(request)}", file=sys.stderr, flush=True)
+    rows, make = maker(joint, share, batch_size)
+    if host == 0 and not (_parts(out) / RECORD).is_file():
+        _parts(out).mkdir(exist_ok=True)
+        each = max(rows, min(LEAST, len(share.seeds)))
+        write_whole(_parts(out) / RECORD, json.dumps({"settings": settings, "part": each}))
+    _meet("the parts are agreed on")
+    each = json.loads((_parts(out) / RECORD).read_text())["part"]
+    parts = {start: _parts(out) / f"{start:08}.npz" for start in range(0, count, each)}
+    mine = [start for i, start in enumerate(parts) if i % hosts == host]
+    sizes = {start: min(each, count - start) for start in mine}
+    done = sum(sizes[start] for start in mine if parts[start].is_file())
+    with Progress(sum(sizes.values()), "sampling", "images", done=done) as progress:
+        for start in mine:
+            if parts[start].is_file():
+                continue
+            part = request.part(slice(start, start + each))
+            made = joined(part, settings, list(make(part, progress)))
+            write_whole(parts[start], _packed(made.images, made.probabilities, made.film))
+    _meet("all parts are there")
+    if host == 0:
+        joined(request, settings, [_unpacked(path) for path in parts.values()]).save(out)
+        shutil.rmtree(_parts(out))
+    _meet("the parts are put together")
+    return True
+
+
+def _in_words(request: Request) -> str:
+    method, n = request.method, len(request.seeds)
+    guided = "" if method.guidance == "none" else f" under {method.guidance} guidance"
+    return f"{method.sampler} in {method.steps} steps{guided}, for {n} image{'s' * (n > 1)}"
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _meet(where: str) -> None:
+    """Hosts wait for each other."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _complete(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the images are there already. A .png or .gif does not say how it was made."""
+    if out.is_dir():
+        held = json.loads((out / SETTINGS).read_text())
+    elif out.suffix == ".npz" and out.is_file():
+        with np.load(out) as saved:
+            held = json.loads(str(saved["settings"]))
+    else:
+        return False
+    return not differences(held, settings)
+
+
+def _packed(images, probabilities, film) -> bytes:
+    arrays = {"images": images, "probabilities": probabilities, "film": film}
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: x for name, x in arrays.items() if x is not None})
+    return buffer.getvalue()
+
+
+def _unpacked(path: Path) -> Batch:
+    with np.load(path) as saved:
+        return Batch(*(saved[name] if name in saved else None for name in ("images", *OPTIONAL)))
+
+
+OPTIONAL = ("probabilities", "film")
+
+
+def _digest(arrays) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]

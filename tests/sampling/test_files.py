@@ -1,0 +1,146 @@
+"""Samples in files and folders."""
+
+import csv
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jdm
+from jdm import plot
+
+SETTINGS = {"steps": 3, "scale": 8.0, "blocks": ["mid"]}
+
+
+def made(**changes) -> jdm.Samples:
+    rng = np.random.default_rng(0)
+    values = dict(
+        images=rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8),
+        labels=np.array([3, 4, -1, 0, 9], np.int32),
+        seeds=np.array([7, 2**32 - 1, 0, 1, 2], np.uint32),
+        settings=SETTINGS,
+        probabilities=np.array([0.5, 0.25, np.nan, 1, 0], np.float32),
+        film=rng.integers(0, 256, (3, 5, 8, 8, 3)).astype(np.uint8),
+    )
+    return jdm.Samples(**{**values, **changes})
+
+
+def test_npz_is_what_the_evaluator_of_guided_diffusion_reads(tmp_path):
+    samples = made()
+    samples.save(tmp_path / "x.npz")
+    # As that evaluator does: the header of the member arr_0.npy, then its bytes in rows.
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive, archive.open("arr_0.npy") as member:
+        assert np.lib.format.read_magic(member) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        assert (shape, fortran, dtype) == ((5, 8, 8, 3), False, np.dtype("uint8"))
+        assert member.read() == samples.images.tobytes()
+    with np.load(tmp_path / "x.npz") as saved:
+        for name in ("labels", "seeds", "probabilities"):
+            np.testing.assert_array_equal(saved[name], getattr(samples, name))
+        assert json.loads(str(saved["settings"])) == SETTINGS
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_shows_the_images_side_by_side(channels, tmp_path):
+    samples = made(images=made().images[..., :channels], film=None)
+    samples.save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width >= 400
+        scale = round(picture.width / (3 * 9 - 1))  # three columns
+        first = np.asarray(picture)[: 8 * scale : scale, : 8 * scale : scale]
+    np.testing.assert_array_equal(first.reshape(8, 8, channels), samples.images[0])
+
+
+def test_gif_goes_from_noise_to_the_images(tmp_path):
+    samples = made(film=np.stack([np.full((5, 8, 8, 3), v, np.uint8) for v in (0, 128, 255)]))
+    samples.save(tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames == 3
+        shades = []
+        for frame in range(3):
+            film.seek(frame)
+            shades.append(np.asarray(film.convert("L"))[0, 0])
+    assert shades == [0, 128, 255]
+    with pytest.raises(ValueError, match="film=True"):
+        made(film=None).save(tmp_path / "y.gif")
+    assert not (tmp_path / "y.gif").exists()
+
+
+def test_a_folder_holds_every_image_what_was_asked_and_how(tmp_path):
+    samples = made()
+    samples.save(tmp_path / "x")
+    with open(tmp_path / "x" / "samples.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["seed"]) for row in rows] == samples.seeds.tolist()
+    assert [row["label"] for row in rows] == ["3", "4", "none", "0", "9"]
+    assert [float(row["probability"]) for row in rows][:2] == [0.5, 0.25]
+    for row, image in zip(rows, samples.images, strict=True):
+        with Image.open(tmp_path / "x" / row["file"]) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text()) == SETTINGS
+    made(labels=None, probabilities=None).save(tmp_path / "y")
+    assert ",7,,nan" in (tmp_path / "y" / "samples.csv").read_text()
+
+
+def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
+    made().save(tmp_path / "x")
+    made(images=made().images[:, ::-1]).save(tmp_path / "x")  # the same settings: again
+    with Image.open(tmp_path / "x" / "000000.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), made().images[0, ::-1])
+    with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
+        made(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="exists and holds no samples"):
+        made().save(tmp_path / "mine")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ValueError, match="exists and holds no samples"):
+        made().save(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "x"]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_another_ending_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in one of \.png, \.npz, \.gif, or be a folder"):
+        made().save(tmp_path / "x.jpg")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.array([3, -1], np.int32), ["3", "none"]),
+        (np.array([[0, 0.7, 0.3], [0, 0, 0]], np.float32), ["1:0.7+2:0.3", "none"]),
+        (np.array([[1, 0, -1], [-1, -1, -1]], np.int8), ["0+!1", "none"]),
+    ],
+)
+def test_a_notebook_shows_what_was_asked_for_and_how_sure_the_classifier_is(
+    labels, words, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(
+        plot, "captioned", lambda images, words, columns: shown.append(words) or b""
+    )
+    probabilities = np.array([0.873, np.nan], np.float32)
+    pair = dict(images=made().images[:2], seeds=made().seeds[:2], film=None)
+    made(labels=labels, probabilities=probabilities, **pair)._repr_png_()
+    assert shown == [[f"{words[0]} 87%", words[1]]]
+
+
+def test_the_picture_in_a_notebook_holds_the_images():
+    samples = made()
+    with Image.open(io.BytesIO(samples._repr_png_())) as picture:
+        tile = np.asarray(picture)[6 : 6 + 72 : 9, 6 : 6 + 72 : 9]
+    np.testing.assert_array_equal(tile, samples.images[0])
+    many = made(
+        **{
+            k: np.resize(getattr(samples, k), (101, *getattr(samples, k).shape[1:]))
+            for k in ("images", "labels", "seeds", "probabilities")
+        },
+        film=None,
+    )
+    with Image.open(io.BytesIO(many._repr_png_())) as picture:
+        assert picture.width == (11 * 9 - 1) * 4  # without captions

@@ -1,0 +1,97 @@
+"""What jdm.sample refuses, in one sentence, before any work."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jdm
+from jdm.sampling import check
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(guidance="pixels", labels=[1]), "guidance='pixels' is unknown; known: none, pixel"),
+        (dict(sampler="euler"), "sampler='euler' is unknown; known: ancestral, ddim, dpmpp_2m, h"),
+        (dict(spacing="karras"), "spacing='karras' is unknown; known: uniform, quadratic, log_snr"),
+        (dict(threshold="clip"), "threshold='clip' is unknown; known: none, static, dynamic"),
+        (
+            dict(labels=[1], guidance="pixel", scale_schedule="linear"),
+            "scale_schedule='linear' is unknown; known: constant, early, late, middle",
+        ),
+        (dict(labels=[10], guidance="pixel"), "labels hold 10; .* 0 to 9"),
+        (dict(labels=[-2], guidance="pixel"), "labels hold -2"),
+        (dict(labels=[1.5], guidance="pixel"), "labels must be a list of whole numbers"),
+        (dict(labels=[1, 2], seeds=[1, 2, 3], guidance="pixel"), "labels are 2 for 3 images"),
+        (dict(labels=[[0.5, 0.5]], guidance="pixel"), r"floats of the shape \(N, 10\), not"),
+        (dict(labels=[[0.5] * 10], guidance="pixel"), "labels hold the probabilities .* sum to 1"),
+        (dict(labels=[[1.5, -0.5] + [0.0] * 8], guidance="pixel"), "must not be negative"),
+        (dict(labels=[[1.0], [0.5, 0.5]], guidance="pixel"), "labels must be rows of the same len"),
+        (dict(labels=np.eye(10, dtype=int)[:1], guidance="pixel"), "floats of the shape"),
+        (dict(n=2, seeds=[1, 2, 3]), "seeds are 3 for n=2"),
+        (dict(seeds=[-1]), "seeds hold -1"),
+        (dict(n=0), "n=0"),
+        (dict(guidance="pixel"), "needs labels"),
+        (dict(steps=51), "steps=51 must lie between 1 and diffusion.steps=50"),
+        (dict(steps=0), "steps=0"),
+        (dict(steps="2,26"), "steps=2,26 asks for 26 of the 25 times of a section"),
+        (dict(steps="2,2", spacing="log_snr"), "steps=2,2: section counts go with spacing='uni"),
+        (dict(labels=[1], guidance="pixel", scale=float("nan")), "scale=nan must be finite"),
+        (dict(eta=2.0), "eta=2.0"),
+        (dict(eta=0.5, sampler="heun"), "eta=0.5 goes with sampler='ddim', not 'heun'"),
+        (dict(batch_size=0), "batch_size=0"),
+        (
+            dict(labels=[1], guidance="representation", blocks=["mid", "skip_3"]),
+            "blocks='skip_3' is unknown; known: mid, stem, encoder_0_0, down_0, encoder_1_0",
+        ),
+        (dict(labels=[1], guidance="both", blocks=[]), "blocks is empty; known: mid"),
+        (dict(labels=[1], guidance="pixel", blocks=["mid"]), "blocks=mid goes with guidance rep"),
+        (dict(labels=[1], guidance="both", inner_steps=0), "inner_steps=0"),
+        (dict(labels=[1], guidance="published", inner_steps=2), "inner_steps=2 goes with"),
+        (dict(noise=np.zeros((2, 8, 8, 3))), r"noise has the shape \(2, 8, 8, 3\)"),
+        (dict(noise=np.full((2, 8, 8, 1), np.nan)), "noise must be finite"),
+        (dict(n=3, noise=np.zeros((2, 8, 8, 1))), "noise is given for 2 images of 3"),
+    ],
+)
+def test_bad_requests_are_one_sentence(joint, options, said):
+    with pytest.raises(ValueError, match=f"^{said}|{said}") as info:
+        jdm.sample(joint, **options)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("key, value", [("terms", "diffusion"), ("weight", 0.0)])
+def test_guidance_needs_a_classifier_that_was_trained(joint, key, value):
+    config = joint.config.copy_and_resolve_references()
+    config.loss[key] = value
+    without = dataclasses.replace(joint, config=config)
+    with pytest.raises(
+        ValueError, match="^guidance='pixel' needs a classifier; this model was tra"
+    ):
+        jdm.sample(without, labels=[1], guidance="pixel")
+    with pytest.raises(ValueError, match="^classifier was trained without one"):
+        jdm.sample(joint, labels=[1], guidance="pixel", classifier=without)
+
+
+@pytest.mark.parametrize("labels", [[1], [[1] * 9], [[2] + [0] * 9], [[0.5] * 10]])
+def test_labels_of_a_model_that_knows_several_are_on_off_or_not_asked_for(joint, labels):
+    several = dataclasses.replace(joint, model=joint.model.clone(multi_label=True))
+    with pytest.raises(ValueError, match=r"^labels of this model.*\(N, 10\)"):
+        jdm.sample(several, labels=labels, guidance="pixel")
+
+
+def test_labels_without_guidance_are_warned_about(joint):
+    with pytest.warns(UserWarning, match="guidance='none' does not use them"):
+        check(joint, labels=[1])
+
+
+def test_n_labels_and_seeds_are_brought_to_one_length(joint):
+    def rows(*n, **options):
+        request = check(joint, *n, guidance="pixel", **{"labels": [4], **options})
+        return request.labels.tolist(), request.seeds.tolist()
+
+    assert rows() == ([4], [0])
+    assert rows(3) == ([4, 4, 4], [0, 1, 2])
+    assert rows(seeds=[7, 9]) == ([4, 4], [7, 9])
+    assert rows(labels=[1, None, -1]) == ([1, -1, -1], [0, 1, 2])
+    assert check(joint).seeds.tolist() == [0] and check(joint).labels is None

@@ -1,0 +1,125 @@
+"""Large runs through the command line: interrupted, resumed, on several hosts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jdm
+
+JDM = Path(sys.executable).with_name("jdm")
+ASKED = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
+
+
+def command(tiny, out, *flags):
+    return [JDM, "sample", f"--checkpoint={tiny}", f"--out={out}", *ASKED, *flags]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+
+
+def parts(out: Path) -> list[Path]:
+    return sorted(out.with_name(f"{out.name}.parts").glob("*.npz"))
+
+
+@pytest.fixture(scope="module")
+def whole(joint):
+    """What 600 images look like without any interruption."""
+    labels = np.arange(600) % 10
+    return jdm.sample(joint, labels=labels, guidance="pixel", steps=4, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory) -> Path:
+    """A run that was killed after its first part: the path it was to write."""
+    out = tmp_path_factory.mktemp("runs") / "x.npz"
+    process = subprocess.Popen(command(tiny, out), stderr=subprocess.DEVNULL)
+    while not parts(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tiny, killed, whole, assert_same_images):
+    assert not killed.exists() and 1 <= len(parts(killed)) < 3
+    first = parts(killed)[0]
+    made = first.stat().st_mtime_ns
+
+    done = run(tiny, killed)
+    assert done.returncode == 2 and "--resume continues it" in done.stderr
+    done = run(tiny, killed, "--resume", "--scale=3")
+    assert done.returncode == 2 and "other settings: scale: 8.0 -> 3.0" in done.stderr
+    assert first.stat().st_mtime_ns == made and not killed.exists()
+
+    # What is there is not made again: a part that says otherwise would be believed.
+    with np.load(first) as saved:
+        arrays = dict(saved)
+    arrays["images"] = np.zeros_like(arrays["images"])
+    np.savez(first, **arrays)
+    done = run(tiny, killed, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "wrote 600 images" in done.stdout
+    with np.load(killed) as saved:
+        assert (saved["arr_0"][:256] == 0).all()
+        assert_same_images(saved["arr_0"][256:], whole.images[256:])
+        np.testing.assert_array_equal(saved["labels"], np.arange(600) % 10)
+        np.testing.assert_allclose(saved["probabilities"][256:], whole.probabilities[256:], 1e-2)
+        settings = json.loads(str(saved["settings"]))
+    assert settings["images"] == 600 and settings["checkpoint"] == str(tiny)
+    assert [path.name for path in killed.parent.iterdir()] == ["x.npz"]
+    again = run(tiny, killed, "--resume")
+    assert again.returncode == 0 and "is complete already" in again.stdout
+
+
+def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
+    """Two processes of two devices each, through jax.distributed; the folder is shared."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "folder"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    hosts = [
+        subprocess.Popen(
+            command(
+                tiny,
+                out,
+                "--distributed",
+                f"--coordinator=localhost:{port}",
+                "--hosts=2",
+                f"--host={host}",
+            ),
+            env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for process in hosts:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    from PIL import Image
+
+    images = [np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]
+    assert_same_images(np.stack(images)[..., None], whole.images)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--hosts=2"], ["--distributed", "--hosts=2", "--host=0"]],
+)
+def test_half_of_what_hosts_need_is_one_sentence(tiny, tmp_path, flags):
+    done = run(tiny, tmp_path / "x.npz", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--coordinator, --hosts and --host go together" in done.stderr

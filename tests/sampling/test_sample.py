@@ -1,0 +1,214 @@
+"""jdm.sample: seeds, batches, devices, programs, labels."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import jdm
+from jdm.mesh import local_mesh
+from jdm.sampling import programs
+from jdm.sampling.request import Method
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", "pixel"), ("ancestral", "none")])
+@pytest.mark.filterwarnings("ignore:labels are given")
+def test_same_seed_same_image_at_any_batch_size(joint, sampler, guidance, assert_same_images):
+    options = dict(seeds=range(8), labels=np.arange(8), steps=4, sampler=sampler, guidance=guidance)
+    whole = jdm.sample(joint, **options, batch_size=8)
+    assert_same_images(whole.images, jdm.sample(joint, **options, batch_size=3).images)
+    again = jdm.sample(joint, **options, batch_size=8)
+    np.testing.assert_array_equal(whole.images, again.images)
+
+
+def test_image_depends_on_its_seed_alone(joint):
+    one = jdm.sample(joint, seeds=[5, 6, 7, 8], steps=4)
+    other = jdm.sample(joint, seeds=[100, 6, 8, 2], steps=4)
+    np.testing.assert_array_equal(one.images[[1, 3]], other.images[[1, 2]])  # the same padded shape
+    assert (one.images[0] != one.images[1]).any()
+
+
+def test_eight_devices_give_the_images_of_one(tiny, joint, assert_same_images):
+    code = f"""
+import jax, numpy as np, jdm
+assert jax.device_count() == 8
+samples = jdm.sample({str(tiny)!r}, seeds=range(20), labels=[3], guidance="representation", steps=3)
+np.save(__import__("sys").argv[1], samples.images)
+"""
+    path = tiny / "eight.npy"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True)
+    one = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
+    assert_same_images(np.load(path), one.images)
+
+
+def test_pixel_guidance_follows_the_classifier_it_is_given(joint, assert_same_images):
+    options = dict(seeds=range(8), labels=[3], guidance="pixel", scale=50.0, steps=4)
+    own = jdm.sample(joint, **options)
+    again = jdm.sample(joint, classifier=joint, **options)
+    assert_same_images(own.images, again.images)
+    assert own.settings["classifier"] is None and again.settings["classifier"] == "a Joint"
+    # Every logit turned round: another classifier on the same network.
+    head = jax.tree.map(lambda x: -x, joint.params["head"]["out"])
+    params = joint.params | {"head": joint.params["head"] | {"out": head}}
+    other = dataclasses.replace(joint, weights=joint.weights | {"params": params})
+    found = jdm.sample(joint, classifier=other, **options)
+    assert (found.images != own.images).any()
+
+
+def test_a_classifier_that_cannot_judge_is_refused(joint):
+    longer = dataclasses.replace(joint, diffusion=dataclasses.replace(joint.diffusion, steps=100))
+    with pytest.raises(ValueError, match=r"^classifier knows the schedule \('linear', 100\); this"):
+        jdm.sample(joint, labels=[1], guidance="pixel", classifier=longer)
+    with pytest.raises(ValueError, match="^classifier goes with guidance='pixel', not with 'none'"):
+        jdm.sample(joint, classifier=joint)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that holds the seconds of each program XLA compiles meanwhile."""
+    found, listening = [], True
+
+    def listen(event, seconds, **_):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    listening = False
+
+
+def test_one_program_a_method_and_none_for_a_second_call(joint):
+    """steps=6: no other test has made its programs."""
+    options = dict(guidance="pixel", steps=6)
+    jdm.sample(joint, 8, labels=[1], **options)
+    with compilations() as again:
+        jdm.sample(joint, 8, labels=[2, None] * 4, scale=3.0, seeds=range(50, 58), **options)
+        jdm.sample(joint, 7, labels=[np.full(10, 0.1)], **options)  # padded to 8
+    assert again == []
+    with compilations() as new:
+        jdm.sample(joint, 8, labels=[1], **options, spacing="quadratic")
+    assert len(new) == 1
+
+
+def test_scale_zero_is_no_guidance(joint, assert_same_images):
+    plain = jdm.sample(joint, 4, steps=4)
+    for guidance in ("pixel", "representation"):
+        zero = jdm.sample(joint, 4, labels=[1], guidance=guidance, scale=0.0, steps=4)
+        assert_same_images(plain.images, zero.images)
+
+
+# Labels ------------------------------------------------------------------------------------------
+
+
+def test_guided_and_unguided_images_in_one_batch(joint, assert_same_images):
+    options = dict(steps=4, scale=50.0, guidance="representation")
+    mixed = jdm.sample(joint, labels=[3, None, 3, -1], **options)
+    guided = jdm.sample(joint, labels=[3] * 4, **options)
+    plain = jdm.sample(joint, 4, steps=4)
+    assert_same_images(mixed.images[::2], guided.images[::2])
+    assert_same_images(mixed.images[1::2], plain.images[1::2])
+    assert (guided.images[1::2] != plain.images[1::2]).any()
+    assert list(mixed.labels) == [3, -1, 3, -1]
+    assert np.isnan(mixed.probabilities).tolist() == [False, True, False, True]
+
+
+def test_a_certain_distribution_is_a_class(joint, assert_same_images):
+    options = dict(steps=4, guidance="pixel", scale=50.0)
+    one = jdm.sample(joint, labels=[3] * 4, **options)
+    certain = jdm.sample(joint, labels=np.eye(10)[[3] * 4], **options)
+    assert_same_images(one.images, certain.images)
+    half = jdm.sample(joint, labels=np.eye(10)[[3] * 4] / 2 + np.eye(10)[[5] * 4] / 2, **options)
+    assert (half.images != one.images).any()
+    assert half.labels.shape == (4, 10) and half.labels.dtype == np.float32
+
+
+def test_probabilities_are_those_of_the_finished_images(joint):
+    samples = jdm.sample(joint, labels=[3, 4, 5, None], guidance="pixel", steps=4)
+    found = jdm.classify(joint, samples.images)
+    np.testing.assert_allclose(samples.probabilities[:3], found[[0, 1, 2], [3, 4, 5]], rtol=1e-4)
+    assert jdm.sample(joint, 4, steps=4).probabilities is None
+
+
+def test_any_set_of_attributes_of_a_model_that_knows_several(joint, assert_same_images):
+    several = dataclasses.replace(joint, model=joint.model.clone(multi_label=True))
+    asked = np.full((4, 10), -1)
+    asked[0, [2, 7]] = 1, 0
+    asked[1, 2] = 1
+    asked[2, 2] = 0
+    samples = jdm.sample(several, labels=asked, guidance="pixel", scale=30.0, steps=4)
+    found = jdm.classify(several, samples.images)
+    expected = [found[0, 2] * (1 - found[0, 7]), found[1, 2], 1 - found[2, 2]]
+    np.testing.assert_allclose(samples.probabilities[:3], expected, rtol=1e-3)
+    assert np.isnan(samples.probabilities[3])  # nothing was asked
+    # On and off pull apart, each from where it would be without.
+    plain = jdm.sample(several, labels=np.full((4, 10), -1), guidance="pixel", scale=30.0, steps=4)
+    before = jdm.classify(several, plain.images)
+    assert found[1, 2] > before[1, 2] and found[2, 2] < before[2, 2]
+    assert_same_images(samples.images[3], plain.images[3])
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+class Need:
+    """A program that needs so many bytes for each image."""
+
+    def __init__(self, rows: int, each: int):
+        self.rows, self.need = rows, rows * each
+
+    def memory_analysis(self):
+        return SimpleNamespace(
+            argument_size_in_bytes=0,
+            output_size_in_bytes=self.need // 2,
+            temp_size_in_bytes=self.need // 2,
+        )
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "each", "rows"),
+    [
+        (1000, None, 10, 64),  # as many as are of use on a CPU
+        (1000, 16, 10, 16),
+        (5, None, 10, 8),  # a power of two
+        (5, 3, 10, 3),
+        (1000, None, 40, 25),  # as many as fit in 1000 bytes
+        (1000, None, 1000, 1),
+    ],
+)
+def test_batches_are_as_large_as_is_of_use_and_fits(n, batch_size, each, rows, monkeypatch):
+    monkeypatch.setattr(programs, "free_memory", lambda device: 1000)
+    compiled = []
+
+    def compile_for(rows):
+        compiled.append(rows)
+        return Need(rows, each)
+
+    found, program = programs.fitting(n, local_mesh(), batch_size, compile_for)
+    assert found == program.rows == rows
+    assert len(compiled) <= 2 and program.need <= 1000
+
+
+def test_an_image_that_does_not_fit_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(programs, "free_memory", lambda device: 2**20)
+    with pytest.raises(MemoryError, match="^batch_size=1 needs 2 MiB on each device, and only 1 M"):
+        programs.fitting(100, local_mesh(), None, lambda rows: Need(rows, 2**21))
+
+
+def test_a_program_accounts_for_more_memory_at_larger_batches(joint):
+    def need(rows):
+        method = Method(steps=4)
+        mesh = local_mesh()
+        program = programs.generate(joint.model, None, joint.diffusion, method, mesh, rows)
+        return programs.needed(program)
+
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(joint.weights))
+    assert weights < need(4) < need(8)
+    assert need(8) < programs.free_memory(jax.devices()[0])
