@@ -1,5 +1,6 @@
 """The import rules, and what may not be imported early."""
 
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,16 @@ def test_import_jdm_and_configs_without_jax():
         "assert 'jax' not in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_package_is_in_the_wheel():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("jdm/**/__init__.py")}
+    listed = set(setup["options"]["packages"].split())
+    assert {".".join(folder.parts) for folder in folders} == {
+        name for name in listed if not name.startswith("jdm.configs")
+    }
 
 
 def test_face():
