@@ -18,6 +18,83 @@ def test_judges_know_real_digits_and_are_not_fooled_by_labels(splits):
     assert min(right.values()) > 0.96 and max(wrong.values()) < 0.02
 
 
+def test_a_judge_is_fitted_once_and_the_next_one_judges_alike(splits, monkeypatch):
+    from sklearn.svm import SVC
+
+    fits, fit = [], SVC.fit
+    monkeypatch.setattr(SVC, "fit", lambda *args: fits.append(1) or fit(*args))
+    (train, train_labels), (images, labels) = splits["train"], splits["test"]
+    judge = metrics.Judge(train[:300], train_labels[:300])
+    said = [judge.agreement(images, some) for some in (labels, (labels + 1) % 10)]
+    assert len(fits) == 1
+    assert said[0] == metrics.class_agreement(train[:300], train_labels[:300], images, labels)
+    assert said[0]["svc"] > 0.9 and said[1]["svc"] < 0.1
+    other = metrics.Judge(train[:300], train_labels[:300])
+    np.testing.assert_array_equal(judge.features(images), other.features(images))
+
+
+def test_features_tell_classes_apart_and_the_real_from_noise(splits):
+    (train, train_labels), (images, labels) = splits["train"], splits["test"]
+    judge = metrics.Judge(train, train_labels)
+    features, known = judge.features(images), judge.features(train)
+    assert features.shape == (360, metrics.FEATURES) and features.min() == 0
+    means = np.stack([known[train_labels == k].mean(axis=0) for k in range(10)])
+    nearest = ((features[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.9
+
+    # Other real digits are near, and nearer than those without a class or than noise.
+    real = metrics.frechet_distance(known, features)
+    lost = metrics.frechet_distance(known, judge.features(images[labels != 3]))
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    assert 0 < 3 * real < lost < metrics.frechet_distance(known, judge.features(noise))
+
+
+def gaussian(mean, covariance, rows=200, seed=0):
+    """Rows with exactly this mean and this covariance (over n - 1)."""
+    z = np.random.default_rng(seed).normal(size=(rows, len(mean)))
+    z = np.linalg.qr(z - z.mean(axis=0))[0] * np.sqrt(rows - 1)  # columns: mean 0, covariance 1
+    return z @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_diagonal_covariances():
+    a, b = np.array([1.0, 2.0, 0.5]), np.array([3.0, 0.1, 0.5])
+    far = metrics.frechet_distance(
+        gaussian(np.zeros(3), np.diag(a**2)), gaussian([1.0, 0.0, -2.0], np.diag(b**2), 300, 1)
+    )
+    assert far == pytest.approx(5 + ((a - b) ** 2).sum())
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    s, r = np.diag([9.0, 1.0]), np.array([[2.0, 1.0], [1.0, 3.0]])
+    # The root of a 2×2 matrix M has the trace sqrt(tr M + 2 sqrt(det M)).
+    root = np.sqrt(np.trace(s @ r) + 2 * np.sqrt(np.linalg.det(s @ r)))
+    a, b = gaussian(np.zeros(2), s), gaussian(np.zeros(2), r, seed=1)
+    expected = np.trace(s + r) - 2 * root
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected)
+
+
+def test_frechet_distance_of_a_set_to_itself_and_to_itself_moved():
+    a = gaussian(np.arange(4.0), np.eye(4) + 0.5)
+    assert metrics.frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a, a + [0.0, 3.0, 0.0, -4.0]) == pytest.approx(25)
+    single = a[:, :1].astype(np.float32)  # one feature, and not in float64
+    assert metrics.frechet_distance(single, single + 2) == pytest.approx(4)
+
+
+def test_frechet_distance_of_fewer_rows_than_features():
+    rng = np.random.default_rng(0)
+    a, b = np.zeros((2, 6, 40))
+    a[:, :20], b[:, 20:] = rng.normal(size=(2, 6, 20))
+    # Nothing is shared: what is left of the formula is the traces.
+    traces = a.var(axis=0, ddof=1).sum() + b.var(axis=0, ddof=1).sum()
+    expected = traces + ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected)
+    assert 0 <= metrics.frechet_distance(a, a) < 1e-5
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.frechet_distance(a, b[:1])
+
+
 def test_nearest_neighbour_ratio_of_the_real_a_copy_and_noise(splits):
     train, test = splits["train"][0], splits["test"][0]
     assert metrics.nearest_neighbour_ratio(train, test, test)["mean"] == pytest.approx(1)

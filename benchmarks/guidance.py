@@ -1,0 +1,85 @@
+"""What guidance costs: time and memory of one guided estimate, beside an unguided one.
+
+    python benchmarks/guidance.py --checkpoint=digits
+    python benchmarks/guidance.py --config=mnist
+
+Protocol. One call of the eps_fn on a batch (--batch, default 64) at a middle t, compiled alone.
+With --config the network is newly initialised, which costs the same. The guidances take turns for
+--rounds calls, and a ratio is that of their medians. Memory is the compiled program's own account
+of what it takes beside its arguments: that of one estimate, and so of a sampler of any steps.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+from jdm import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default="digits", help="a work folder, or digits")
+    parser.add_argument("--config", help="a config instead, for a network that is not trained")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+
+    cli.use_compilation_cache()
+    import jax
+
+    from jdm import config as configs
+    from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, guide
+    from jdm.diffusion.process import Diffusion
+    from jdm.joint import load, make_network
+    from jdm.nn.model import JointModel
+
+    if arguments.config:
+        config = configs.load(arguments.config, [])
+        model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
+    else:
+        joint = load(arguments.checkpoint)
+        model, diffusion, weights = joint.model, joint.diffusion, joint.weights
+    rows, size = arguments.batch, model.image_size
+    x = jax.random.normal(jax.random.key(0), (rows, size, size, model.image_channels))
+    t = np.full(rows, diffusion.steps // 2, np.int32)
+    targets = jax.nn.one_hot(np.arange(rows) % model.num_classes, model.num_classes)
+    if arguments.config:
+        weights = jax.jit(model.init)(jax.random.key(1), x[:1], t[:1])
+
+    def estimate(guidance, weights, x, t, targets):
+        network = make_network(model, diffusion, weights)
+        return guide(network, diffusion, guidance, targets, DEFAULT_SCALES[guidance])(x, t).eps
+
+    programs = {
+        name: jax.jit(estimate, static_argnums=0).lower(name, weights, x, t, targets).compile()
+        for name in GUIDANCE
+    }
+    seconds = {name: [] for name in programs}
+    for _ in range(arguments.rounds):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(program(weights, x, t, targets))
+            seconds[name].append(time.perf_counter() - started)
+    memory = {name: p.memory_analysis().temp_size_in_bytes for name, p in programs.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    report = {
+        name: {
+            "time": round(median[name] / median["none"], 2),
+            "memory": round(memory[name] / memory["none"], 2),
+            "mebibytes": round(memory[name] / 2**20, 2),
+        }
+        for name in programs
+    }
+    for name, figures in report.items():
+        print(
+            f"{name:16} {figures['time']:5.2f} × the time, {figures['memory']:5.2f} × the memory "
+            f"({figures['mebibytes']:,.1f} MiB)"
+        )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
