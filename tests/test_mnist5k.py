@@ -1,0 +1,40 @@
+"""benchmarks/mnist5k.py: real 28×28 digits without a download, as a folder of images."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdm.data.folder import listing
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "mnist5k.py"))
+
+
+def test_splits_are_of_all_images_and_of_each_class_alike(script):
+    splits = script["mnist5k"]()
+    for name, each in (("train", 400), ("test", 100)):
+        images, labels = splits[name]
+        assert images.shape == (10 * each, 28, 28, 1) and images.max() == 255
+        assert np.bincount(labels).tolist() == [each] * 10
+    every = np.concatenate([images for images, _ in splits.values()]).reshape(5000, -1)
+    assert len(np.unique(every, axis=0)) > 4990  # MNIST repeats hardly an image: no row was lost
+
+
+def test_the_folder_holds_them_as_jdm_reads_folders(script, tmp_path, monkeypatch):
+    few = {name: (x[::100], y[::100]) for name, (x, y) in script["mnist5k"]().items()}
+    monkeypatch.setitem(script["write_folder"].__globals__, "mnist5k", lambda: few)
+    script["write_folder"](tmp_path / "new")
+    found = listing(str(tmp_path / "new"))
+    assert found.classes == tuple("0123456789")
+    for split, (images, labels) in few.items():
+        assert [label for _, label in found.files[split]] == sorted(labels.tolist())
+        path, label = found.files[split][0]
+        first = images[labels == label][0, ..., 0]
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / path)), first)
+    with pytest.raises(FileExistsError):
+        script["write_folder"](tmp_path / "new")
