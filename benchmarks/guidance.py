@@ -45,7 +45,8 @@ def main() -> None:
     rows, size = arguments.batch, model.image_size
     x = jax.random.normal(jax.random.key(0), (rows, size, size, model.image_channels))
     t = np.full(rows, diffusion.steps // 2, np.int32)
-    targets = jax.nn.one_hot(np.arange(rows) % model.num_classes, model.num_classes)
+    answers = model.num_classes * (2 if model.multi_label else 1)
+    targets = jax.nn.one_hot(np.arange(rows) % model.num_classes, answers)
     if arguments.config:
         weights = jax.jit(model.init)(jax.random.key(1), x[:1], t[:1])
 

@@ -87,7 +87,7 @@ def sample(arguments: argparse.Namespace) -> None:
     try:
         film = check_format(out) == ".gif"
         joint = _load("checkpoint", arguments.checkpoint)
-        classifier = arguments.classifier and _load("classifier", arguments.classifier)
+        classifier = arguments.classifier and _load("classifier", arguments.classifier) or None
         request = check(
             joint,
             labels=None if asked is None else _labels(asked, len(seeds), joint.model),
@@ -307,6 +307,8 @@ def _labels(asked: list[dict[int, float]], count: int, model):
         raise ValueError(
             f"labels hold {wrong[0]}; this model knows the classes 0 to {model.num_classes - 1}"
         )
+    if not model.multi_label and any(0 in one.values() for one in asked):
+        raise ValueError("labels ask for a class to be off; this model knows one to an image")
     asked = list(itertools.islice(itertools.cycle(asked), count))
     if not model.multi_label and all(list(one.values()) in ([], [1.0]) for one in asked):
         return [next(iter(one), None) for one in asked]
@@ -321,7 +323,9 @@ def _check_hosts(arguments: argparse.Namespace) -> None:
     if any(flag is not None for flag in given) and (None in given or not arguments.distributed):
         raise UsageError("--coordinator, --hosts and --host go together, with --distributed")
     if arguments.hosts is not None and not 0 <= arguments.host < arguments.hosts:
-        raise UsageError(f"--host={arguments.host} must lie between 0 and {arguments.hosts - 1}")
+        raise UsageError(
+            f"--host={arguments.host} must be one of --hosts={arguments.hosts}, from 0"
+        )
 
 
 def _join_hosts(arguments: argparse.Namespace) -> None:

@@ -32,6 +32,8 @@ def numbers(flag: str, text: str) -> list[int]:
             raise FlagError(
                 f"--{flag}={text} is not a list of whole numbers and ranges, such as 0-63 or 1,5"
             )
+        if dash and int(last) < int(first):
+            raise FlagError(f"--{flag}={text} holds {part}, which runs downwards")
         found += range(int(first), int(last if dash else first) + 1)
     if not found:
         raise FlagError(f"--{flag}={text} is empty")
@@ -49,7 +51,10 @@ def labels(text: str) -> list[dict[int, float]]:
         elif all(piece.isdecimal() for piece in part.split("-")):
             found += [{label: 1.0} for label in numbers("labels", part)]
         else:
-            found.append(dict(_answer(text, piece) for piece in part.split("+")))
+            pieces = [_answer(text, piece) for piece in part.split("+")]
+            found.append(dict(pieces))
+            if len(found[-1]) < len(pieces):
+                raise FlagError(f"--labels={text} names a class twice in {part}")
     return found
 
 

@@ -69,7 +69,7 @@ def sample(
 
     Raises ValueError, naming the argument, for anything out of range.
     """
-    joint = opened(joint)
+    model, joint = named(joint), opened(joint)
     if noise is not None:
         noise = _check_noise(joint, noise)
         n = len(noise) if n is None else n
@@ -88,14 +88,13 @@ def sample(
         scale_schedule=scale_schedule,
         blocks=blocks,
         inner_steps=inner_steps,
-        classifier=None if classifier is None else opened(classifier),
+        classifier=classifier,
         film=film,
         batch_size=batch_size,
     )
     if noise is not None:
         request = request.starting("noise", noise)
-    settings = {**request.settings(), "classifier": named(classifier)}
-    return made(joint, request, settings, batch_size)
+    return made(joint, request, {**request.settings(), "model": model}, batch_size)
 
 
 def _check_noise(joint: Joint, noise: np.ndarray) -> np.ndarray:

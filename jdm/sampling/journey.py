@@ -15,7 +15,7 @@ from jaxtyping import Float
 from jdm.diffusion.guidance import guide
 from jdm.diffusion.process import pixels_to_float
 from jdm.diffusion.samplers import ddim_inverse, initial_noise, timesteps
-from jdm.joint import Joint, check_images, make_network, opened
+from jdm.joint import Joint, check_images, make_network, named, opened
 from jdm.sampling.make import made
 from jdm.sampling.programs import image_shape, pad
 from jdm.sampling.request import Numbers, check
@@ -42,7 +42,7 @@ def interpolate(
 
     Raises ValueError, naming the argument, for anything out of range.
     """
-    joint = opened(joint)
+    model, joint = named(joint), opened(joint)
     if len(seeds) != 2:
         raise ValueError(f"seeds are {len(seeds)}; the way is between 2")
     if n < 2:
@@ -60,7 +60,8 @@ def interpolate(
     )
     ends = _noise(joint.model, joint.diffusion, request.seeds[[0, -1]])
     request = request.starting("noise", _arc(*np.asarray(ends), way))
-    settings = {**request.settings(), "interpolate": [int(seed) for seed in seeds]}
+    ends = [int(seed) for seed in request.seeds[[0, -1]]]
+    settings = {**request.settings(), "model": model, "interpolate": ends}
     return made(joint, request, settings, batch_size)
 
 
@@ -121,7 +122,7 @@ def edit(
 
     Raises ValueError, naming the argument, for anything out of range.
     """
-    joint = opened(joint)
+    model, joint = named(joint), opened(joint)
     images = check_images(joint, images)
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1]")
@@ -139,7 +140,7 @@ def edit(
         **options,
     )
     request = request.starting("image", np.asarray(_floats(images)))
-    settings = {**request.settings(), "strength": strength}
+    settings = {**request.settings(), "model": model, "strength": float(strength)}
     return made(joint, request, settings, batch_size)
 
 

@@ -5,9 +5,11 @@ complaint is a ValueError in one sentence that begins with the argument's name.
 """
 
 import dataclasses
+import hashlib
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from jdm.diffusion.guidance import (
 )
 from jdm.diffusion.process import pick
 from jdm.diffusion.samplers import SAMPLERS, THRESHOLDS, timesteps
-from jdm.joint import Joint
+from jdm.joint import Joint, named, opened
 from jdm.nn.unet import block_names
 
 Numbers = Sequence | np.ndarray  # what they must hold is checked, and said in one sentence
@@ -58,7 +60,8 @@ class Request:
     """A whole request. N images, K classes, M answers.
 
     labels: as given, [N] or [N, K], or None. targets: what guidance leans toward, [N, M]. seeds:
-    [N]. method, scale: how. classifier: whose answers are leaned toward; None is the joint's own.
+    [N]. method, scale: how. classifier: whose answers are leaned toward; None is the joint's own;
+    classifier_name: what it was called.
     given: noise or images that are started from, float32 [N, H, W, C], or None.
     """
 
@@ -68,6 +71,7 @@ class Request:
     method: Method
     scale: float
     classifier: Joint | None = None
+    classifier_name: str | None = None
     given: Float[np.ndarray, "n h w c"] | None = None
 
     def starting(self, start: str, given: np.ndarray) -> "Request":
@@ -84,13 +88,20 @@ class Request:
         return dataclasses.replace(self, **arrays)
 
     def settings(self) -> dict[str, Any]:
-        """What to write down: how the images were made, as JSON would give it back."""
+        """What to write down: how they were made, and a digest of seeds, labels and starts."""
         settings = dataclasses.asdict(self.method)
         for name in ("film", "start", "total"):
             del settings[name]
         if self.method.blocks is not None:
             settings["blocks"] = list(self.method.blocks)
-        return {**settings, "scale": self.scale}
+        asked = [x for x in (self.seeds, self.labels, self.given) if x is not None]
+        return {
+            **settings,
+            "scale": self.scale,
+            "classifier": self.classifier_name,
+            "images": len(self.seeds),
+            "asked": digest(asked),
+        }
 
 
 def check(
@@ -100,7 +111,7 @@ def check(
     labels: Numbers | None = None,
     seeds: Numbers | None = None,
     scale: float | None = None,
-    classifier: Joint | None = None,
+    classifier: Joint | str | os.PathLike | None = None,
     batch_size: int | None = None,
     blocks: Sequence[str] | None = None,
     **method: Any,
@@ -109,7 +120,10 @@ def check(
 
     Raises ValueError, in one sentence that begins with the argument's name.
     """
+    # Numbers of NumPy would not go into JSON.
+    method = {name: x.item() if isinstance(x, np.generic) else x for name, x in method.items()}
     method = Method(blocks=None if blocks is None else tuple(blocks), **method)
+    name, classifier = named(classifier), None if classifier is None else opened(classifier)
     labels, seeds = _rows(joint, n, labels, seeds)
     _check_method(joint, method)
     if batch_size is not None and batch_size < 1:
@@ -132,7 +146,15 @@ def check(
             stacklevel=3,
         )
     targets = _targets(joint, labels, len(seeds))
-    return Request(labels, targets, seeds, method, scale, classifier)
+    return Request(labels, targets, seeds, method, scale, classifier, name)
+
+
+def digest(arrays: Iterable[Any]) -> str:
+    """A short name of what arrays hold."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:16]
 
 
 def has_classifier(joint: Joint) -> bool:

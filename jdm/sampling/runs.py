@@ -8,10 +8,8 @@ Hosts (of one jax.distributed job, on a shared file system) take turns with the 
 them puts the parts together.
 """
 
-import hashlib
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from jax.experimental import multihost_utils
 from jdm.files import write_whole
 from jdm.joint import Joint
 from jdm.sampling.make import Batch, joined, maker
-from jdm.sampling.request import Request
-from jdm.sampling.samples import SETTINGS, check_folder, check_format, differences
+from jdm.sampling.request import Request, digest
+from jdm.sampling.samples import check_folder, check_format, differences, read_settings
 from jdm.tracking import Progress
 
 LEAST = 256  # images of a part, where a batch is not larger
@@ -32,27 +30,33 @@ RECORD = "request.json"
 
 
 def settings_of(joint: Joint, request: Request, **names: Any) -> dict[str, Any]:
-    """What to write down of a run: how, and digests of the weights and of all that was asked.
+    """What to write down of a run: how, what was asked for, and digests of the weights.
 
     names: of the checkpoint and the like.
     """
-    asked = [request.seeds] + ([] if request.labels is None else [request.labels])
+    judge = request.classifier
     return {
-        **names,
         **request.settings(),
-        "images": len(request.seeds),
-        "seeds_and_labels": _digest(asked),
-        "weights": _digest(jax.tree.leaves(joint.weights)),
+        **names,
+        "weights": digest(jax.tree.leaves(joint.weights)),
+        "classifier_weights": judge and digest(jax.tree.leaves(judge.weights)),
     }
 
 
 def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError where a run to this path would mix with, or overwrite, another one."""
+    """Raises ValueError where a run to this path would mix with another one.
+
+    A file of that name is replaced, once the new one is whole; a folder only by the same settings.
+    """
     if check_format(out) == "":
         check_folder(out, settings)
-    record = _parts(out) / RECORD
-    if not record.is_file():
+    elif out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a folder, and {out.suffix} a file")
+    parts, record = _parts(out), _parts(out) / RECORD
+    if not parts.exists():
         return
+    if not record.is_file():
+        raise ValueError(f"out={str(out)!r}: {parts} is in the way, and holds no interrupted run")
     if not resume:
         raise ValueError(
             f"out={str(out)!r}: a run to it was interrupted; --resume continues it, and deleting "
@@ -79,6 +83,7 @@ def run(
     Raises ValueError as `check_out` does.
     """
     check_out(out, settings, resume)
+    _meet("all have looked at what is there")  # before the first of them writes anything
     hosts, host = jax.process_count(), jax.process_index()
     if resume and not _parts(out).exists() and _complete(out, settings):
         return False
@@ -86,8 +91,8 @@ def run(
     share = request.part(slice(0, -(-count // hosts)))
     print(f"compiling {_in_words(request)}", file=sys.stderr, flush=True)
     rows, make = maker(joint, share, batch_size)
-    if host == 0 and not (_parts(out) / RECORD).is_file():
-        _parts(out).mkdir(exist_ok=True)
+    if host == 0 and not _parts(out).exists():
+        _parts(out).mkdir()
         each = max(rows, min(LEAST, len(share.seeds)))
         write_whole(_parts(out) / RECORD, json.dumps({"settings": settings, "part": each}))
     _meet("the parts are agreed on")
@@ -106,7 +111,10 @@ def run(
     _meet("all parts are there")
     if host == 0:
         joined(request, settings, [_unpacked(path) for path in parts.values()]).save(out)
-        shutil.rmtree(_parts(out))
+        for path in parts.values():
+            path.unlink()
+        (_parts(out) / RECORD).unlink()  # last: parts without it would be anyone's
+        _parts(out).rmdir()
     _meet("the parts are put together")
     return True
 
@@ -129,14 +137,8 @@ def _meet(where: str) -> None:
 
 def _complete(out: Path, settings: dict[str, Any]) -> bool:
     """Whether the images are there already. A .png or .gif does not say how it was made."""
-    if out.is_dir():
-        held = json.loads((out / SETTINGS).read_text())
-    elif out.suffix == ".npz" and out.is_file():
-        with np.load(out) as saved:
-            held = json.loads(str(saved["settings"]))
-    else:
-        return False
-    return not differences(held, settings)
+    held = read_settings(out)
+    return held is not None and not differences(held, settings)
 
 
 def _packed(images, probabilities, film) -> bytes:
@@ -152,10 +154,3 @@ def _unpacked(path: Path) -> Batch:
 
 
 OPTIONAL = ("probabilities", "film")
-
-
-def _digest(arrays) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()[:16]

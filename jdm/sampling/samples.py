@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jdm.files import write_whole
 
 FORMATS = (".png", ".npz", ".gif")
 SETTINGS = "settings.json"
+OURS = (SETTINGS, "samples.csv")  # beside the images
 CAPTIONED = 100  # images at most that are shown with captions
 
 
@@ -141,13 +143,28 @@ def check_folder(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where a folder holds anything but samples of these settings."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    record = path / SETTINGS
-    if not record.is_file():
+    held = read_settings(path)
+    if held is None:
         raise ValueError(f"out={str(path)!r} exists and holds no samples")
-    held = json.loads(record.read_text())
+    foreign = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name not in OURS]
+    if foreign:
+        raise ValueError(f"out={str(path)!r} holds {foreign[0]}, which is not of its samples")
     differing = differences(held, settings)
     if differing:
         raise ValueError(f"out={str(path)!r} holds samples of other settings: {differing}")
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings in a folder of samples, or in an .npz of them; None in anything else."""
+    try:
+        if path.is_dir():
+            held = json.loads((path / SETTINGS).read_text())
+        else:
+            with np.load(path) as saved:
+                held = json.loads(str(saved["settings"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # whatever it is, it is not ours
+        return None
+    return held if isinstance(held, dict) else None
 
 
 def differences(held: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -92,6 +92,14 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), made().images[0, ::-1])
     with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
         made(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which is not of its samples"):
+        made().save(tmp_path / "x")
+    for content in ("[1]", "no JSON"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match="exists and holds no samples"):
+            made().save(tmp_path / "other")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="exists and holds no samples"):
@@ -99,7 +107,7 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ValueError, match="exists and holds no samples"):
         made().save(tmp_path / "file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "other", "x"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
 

@@ -27,13 +27,16 @@ def test_the_arc_ends_where_it_should_and_is_as_long_all_the_way():
     np.testing.assert_allclose(_arc(first, first, np.array([0.3])), first[None], atol=1e-6)
 
 
-def test_the_ends_of_an_interpolation_are_the_images_of_its_seeds(joint, assert_same_images):
+def test_the_ends_of_an_interpolation_are_the_images_of_its_seeds(joint, tiny, assert_same_images):
     options = dict(steps=4, guidance="pixel", scale=30.0)
     way = jdm.interpolate(joint, (3, 11), 4, label=2, **options)
     ends = jdm.sample(joint, seeds=[3, 11, 3, 11], labels=[2], **options)
     assert_same_images(way.images[[0, -1]], ends.images[:2])
     assert (way.images[1] != way.images[2]).any()
     assert way.seeds.tolist() == [3, 3, 11, 11] and way.settings["interpolate"] == [3, 11]
+    named = jdm.interpolate(joint, (3, 11), 4, label=2, **options, classifier=tiny)
+    assert_same_images(named.images, way.images)
+    assert named.settings["classifier"] == str(tiny)
 
 
 def test_noise_that_is_given_takes_the_place_of_the_seeds_own(joint, assert_same_images):

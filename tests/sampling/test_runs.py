@@ -1,5 +1,6 @@
 """Large runs through the command line: interrupted, resumed, on several hosts."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jdm
+from jdm.sampling import check, runs
 
 JDM = Path(sys.executable).with_name("jdm")
 ASKED = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
@@ -123,3 +126,47 @@ def test_half_of_what_hosts_need_is_one_sentence(tiny, tmp_path, flags):
     done = run(tiny, tmp_path / "x.npz", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--coordinator, --hosts and --host go together" in done.stderr
+
+
+def check_out(out, resume=False):
+    runs.check_out(out, {"steps": 3}, resume)
+
+
+def test_parts_that_nobody_owns_up_to_are_not_taken_for_those_of_this_run(tmp_path):
+    check_out(tmp_path / "x.npz")
+    (tmp_path / "x.npz.parts").mkdir()
+    (tmp_path / "x.npz.parts" / "00000000.npz").write_bytes(b"of another run")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="x.npz.parts is in the way, and holds no interrupted"):
+            check_out(tmp_path / "x.npz", resume)
+
+
+def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder, and \.npz a file"):
+        check_out(tmp_path / "x.npz")
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", resume=True)
+
+
+def test_what_a_run_is_known_by(joint):
+    def settings(joint, **options):
+        return runs.settings_of(
+            joint, check(joint, **{"labels": [1], "guidance": "pixel", **options})
+        )
+
+    same = settings(joint)
+    assert same == settings(joint) == json.loads(json.dumps(same))
+    heavier = jax.tree.map(lambda x: x + 1, joint.weights)
+    other = dataclasses.replace(joint, weights=heavier)
+    changed = [
+        settings(joint, seeds=[5]),
+        settings(joint, labels=[2]),
+        settings(joint, n=2),
+        settings(joint, steps=np.int64(4), eta=np.float32(0.5)),
+        settings(other),
+        settings(joint, classifier=joint),
+        settings(joint, classifier=other),
+    ]
+    texts = {json.dumps(one, sort_keys=True) for one in [same, *changed]}
+    assert len(texts) == 8
