@@ -21,8 +21,6 @@ from jdm.sampling.programs import image_shape, pad
 from jdm.sampling.request import Numbers, check
 from jdm.sampling.samples import Samples
 
-DETERMINISTIC = "ddim with eta=0, dpmpp_2m or heun"
-
 
 def interpolate(
     joint: Joint | str | os.PathLike,
@@ -48,7 +46,7 @@ def interpolate(
     if n < 2:
         raise ValueError(f"n={n} must be at least 2: both ends are included")
     if options.get("sampler") == "ancestral" or options.get("eta"):
-        raise ValueError(f"sampler must be deterministic on the way: {DETERMINISTIC}")
+        raise ValueError("sampler must be deterministic: ddim with eta=0, dpmpp_2m or heun")
     way = np.linspace(0, 1, n)
     request = check(
         joint,

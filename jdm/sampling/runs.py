@@ -53,9 +53,9 @@ def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
     elif out.is_dir():
         raise ValueError(f"out={str(out)!r} is a folder, and {out.suffix} a file")
     parts, record = _parts(out), _parts(out) / RECORD
-    if not parts.exists():
-        return
     if not record.is_file():
+        if not parts.exists() or all(path.name.startswith(RECORD) for path in parts.iterdir()):
+            return  # nothing, or what is left of a run that was cut off before its first part
         raise ValueError(f"out={str(out)!r}: {parts} is in the way, and holds no interrupted run")
     if not resume:
         raise ValueError(
@@ -85,14 +85,14 @@ def run(
     check_out(out, settings, resume)
     _meet("all have looked at what is there")  # before the first of them writes anything
     hosts, host = jax.process_count(), jax.process_index()
-    if resume and not _parts(out).exists() and _complete(out, settings):
+    if resume and not (_parts(out) / RECORD).is_file() and _complete(out, settings):
         return False
     count = len(request.seeds)
     share = request.part(slice(0, -(-count // hosts)))
     print(f"compiling {_in_words(request)}", file=sys.stderr, flush=True)
     rows, make = maker(joint, share, batch_size)
-    if host == 0 and not _parts(out).exists():
-        _parts(out).mkdir()
+    if host == 0 and not (_parts(out) / RECORD).is_file():
+        _parts(out).mkdir(exist_ok=True)
         each = max(rows, min(LEAST, len(share.seeds)))
         write_whole(_parts(out) / RECORD, json.dumps({"settings": settings, "part": each}))
     _meet("the parts are agreed on")
@@ -107,7 +107,7 @@ def run(
                 continue
             part = request.part(slice(start, start + each))
             made = joined(part, settings, list(make(part, progress)))
-            write_whole(parts[start], _packed(made.images, made.probabilities, made.film))
+            write_whole(parts[start], _packed(Batch(made.images, made.probabilities, made.film)))
     _meet("all parts are there")
     if host == 0:
         joined(request, settings, [_unpacked(path) for path in parts.values()]).save(out)
@@ -141,16 +141,12 @@ def _complete(out: Path, settings: dict[str, Any]) -> bool:
     return held is not None and not differences(held, settings)
 
 
-def _packed(images, probabilities, film) -> bytes:
-    arrays = {"images": images, "probabilities": probabilities, "film": film}
+def _packed(batch: Batch) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: x for name, x in arrays.items() if x is not None})
+    np.savez(buffer, **{name: x for name, x in batch._asdict().items() if x is not None})
     return buffer.getvalue()
 
 
 def _unpacked(path: Path) -> Batch:
     with np.load(path) as saved:
-        return Batch(*(saved[name] if name in saved else None for name in ("images", *OPTIONAL)))
-
-
-OPTIONAL = ("probabilities", "film")
+        return Batch(*(saved[name] if name in saved else None for name in Batch._fields))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,7 +18,6 @@ from jdm.files import write_whole
 
 FORMATS = (".png", ".npz", ".gif")
 SETTINGS = "settings.json"
-OURS = (SETTINGS, "samples.csv")  # beside the images
 CAPTIONED = 100  # images at most that are shown with captions
 
 
@@ -115,9 +115,12 @@ class Samples:
             rows.append(f"{name},{self.seeds[i]},{label},{self._probabilities()[i]:.6g}")
         (partial / "samples.csv").write_text("\n".join(rows) + "\n")
         (partial / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
+        before = path.with_name(f"{path.name}.before")
         if path.is_dir():
-            shutil.rmtree(path)
+            path.rename(before)
         partial.rename(path)
+        if before.is_dir():
+            shutil.rmtree(before)
 
 
 def _in_words(label: np.ndarray | np.generic) -> str:
@@ -146,7 +149,8 @@ def check_folder(path: Path, settings: dict[str, Any]) -> None:
     held = read_settings(path)
     if held is None:
         raise ValueError(f"out={str(path)!r} exists and holds no samples")
-    foreign = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name not in OURS]
+    names = {p.name for p in path.iterdir()} - {SETTINGS, "samples.csv"}
+    foreign = sorted(name for name in names if not re.fullmatch(r"\d{6,}\.png", name))
     if foreign:
         raise ValueError(f"out={str(path)!r} holds {foreign[0]}, which is not of its samples")
     differing = differences(held, settings)

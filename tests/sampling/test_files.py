@@ -95,6 +95,10 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
     (tmp_path / "x" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes.txt, which is not of its samples"):
         made().save(tmp_path / "x")
+    (tmp_path / "x" / "notes.txt").rename(tmp_path / "x" / "holiday.png")
+    with pytest.raises(ValueError, match=r"holds holiday.png, which is not of its samples"):
+        made().save(tmp_path / "x")
+    assert (tmp_path / "x" / "holiday.png").read_text() == "mine"
     for content in ("[1]", "no JSON"):
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "settings.json").write_text(content)

@@ -135,6 +135,8 @@ def check_out(out, resume=False):
 def test_parts_that_nobody_owns_up_to_are_not_taken_for_those_of_this_run(tmp_path):
     check_out(tmp_path / "x.npz")
     (tmp_path / "x.npz.parts").mkdir()
+    (tmp_path / "x.npz.parts" / "request.json.partial").write_text("{")
+    check_out(tmp_path / "x.npz")  # cut off before there was anything to keep
     (tmp_path / "x.npz.parts" / "00000000.npz").write_bytes(b"of another run")
     for resume in (False, True):
         with pytest.raises(ValueError, match="x.npz.parts is in the way, and holds no interrupted"):
