@@ -104,7 +104,7 @@ class Samples:
 
     def _save_folder(self, path: Path) -> None:
         check_folder(path, self.settings)
-        partial = path.with_name(f"{path.name}.partial")
+        partial, before = _beside(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         rows = ["file,seed,label,probability"]
@@ -115,8 +115,8 @@ class Samples:
             rows.append(f"{name},{self.seeds[i]},{label},{self._probabilities()[i]:.6g}")
         (partial / "samples.csv").write_text("\n".join(rows) + "\n")
         (partial / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
-        before = path.with_name(f"{path.name}.before")
         if path.is_dir():
+            shutil.rmtree(before, ignore_errors=True)
             path.rename(before)
         partial.rename(path)
         if before.is_dir():
@@ -142,17 +142,29 @@ def check_format(path: str | os.PathLike) -> str:
     return ending
 
 
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a folder is written until it is whole, and where the one it replaces waits for that."""
+    return path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.before")
+
+
+def _foreign(folder: Path) -> str | None:
+    """The first name in a folder that is not of samples."""
+    names = {p.name for p in folder.iterdir()} - {SETTINGS, "samples.csv"}
+    return min((name for name in names if not re.fullmatch(r"\d{6,}\.png", name)), default=None)
+
+
 def check_folder(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where a folder holds anything but samples of these settings."""
+    for other in _beside(path):  # what a run that was killed left is removed, and nothing else
+        if other.exists() and (not other.is_dir() or _foreign(other)):
+            raise ValueError(f"out={str(path)!r}: {other} is in the way, and holds no samples")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     held = read_settings(path)
     if held is None:
         raise ValueError(f"out={str(path)!r} exists and holds no samples")
-    names = {p.name for p in path.iterdir()} - {SETTINGS, "samples.csv"}
-    foreign = sorted(name for name in names if not re.fullmatch(r"\d{6,}\.png", name))
-    if foreign:
-        raise ValueError(f"out={str(path)!r} holds {foreign[0]}, which is not of its samples")
+    if foreign := _foreign(path):
+        raise ValueError(f"out={str(path)!r} holds {foreign}, which is not of its samples")
     differing = differences(held, settings)
     if differing:
         raise ValueError(f"out={str(path)!r} holds samples of other settings: {differing}")

@@ -115,6 +115,20 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
 
+@pytest.mark.parametrize("beside", ["x.partial", "x.before"])
+def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside, tmp_path):
+    made().save(tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / beside)  # whole, but for its name
+    made().save(tmp_path / "x")
+    made().save(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match=f"{beside} is in the way, and holds no samples$"):
+        made().save(tmp_path / "x")
+    assert (tmp_path / beside / "thesis.txt").read_text() == "all of it"
+
+
 def test_another_ending_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"must end in one of \.png, \.npz, \.gif, or be a folder"):
         made().save(tmp_path / "x.jpg")
