@@ -309,6 +309,8 @@ def _labels(asked: list[dict[int, float]], count: int, model):
         )
     if not model.multi_label and any(0 in one.values() for one in asked):
         raise ValueError("labels ask for a class to be off; this model knows one to an image")
+    if len(asked) > count:
+        raise ValueError(f"labels are {len(asked)} for {count} seeds; at most as many are allowed")
     asked = list(itertools.islice(itertools.cycle(asked), count))
     if not model.multi_label and all(list(one.values()) in ([], [1.0]) for one in asked):
         return [next(iter(one), None) for one in asked]

@@ -127,6 +127,7 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
         (["--out=x.jpg"], "--out='x.jpg' must end in one of .png, .npz, .gif, or be a folder"),
         (["--labels=3,10", "--guidance=pixel"], "--labels hold 10"),
         (["--guidance=dual", "--labels=1"], "--guidance='dual' is unknown; known: none, pixel,"),
+        (["--labels=0-9", "--guidance=pixel", "--seeds=0-3"], "--labels are 10 for 4 seeds; at mo"),
         (["--labels=3:0.5+4:x"], "--labels=3:0.5+4:x is not a list such as 0-9, 3,none,5,"),
         (["--labels=3:0.5", "--guidance=pixel"], "--labels hold the probabilities"),
         (["--labels=3+!5", "--guidance=pixel"], "--labels ask for a class to be off; this model"),
