@@ -52,6 +52,8 @@ from jdm.files import write_whole
 
 BATCH = 64
 CLIPPED, UNCLIPPED = dict(threshold="static"), dict(threshold="none")
+# Arguments of jdm.sample that this script gives, or that change what is measured.
+OF_A_ROW = ("labels", "seeds", "sampler", "steps", "guidance", "noise", "film", "batch_size")
 TARGET = {"published": 40, "representation": 40, "ddim": 3}  # times faster than these baselines
 
 
@@ -201,6 +203,7 @@ def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
         raise ValueError(f"{few} images are too few to judge; two of each class are needed")
     if flags.repeats < 1:
         raise ValueError(f"--repeats={flags.repeats} must be positive")
+    known = [name for name in jdm.sample.__kwdefaults__ if name not in OF_A_ROW]
     rows = []
     for name in flags.baselines:
         settings = baselines(total)[pick("--baselines", name, TARGET)]
@@ -209,7 +212,7 @@ def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
     every = (flags.samplers or SAMPLERS, flags.steps, guidances, flags.options or [{}])
     for sampler, steps, guidance, options in itertools.product(*every):
         for name in options:
-            pick("--options", name, jdm.sample.__kwdefaults__)
+            pick("--options", name, known)
         name = [sampler, str(steps), guidance, *(f"{key}={options[key]}" for key in options)]
         settings = dict(sampler=sampler, steps=steps, guidance=guidance) | options
         rows.append(Row(" ".join(name), settings, count))
