@@ -67,7 +67,8 @@ def sample(
     film: whether the estimates on the way are kept. batch_size: the most images per device and
     call; None is as many as are of use. Either way no more than the device's memory holds.
 
-    Raises ValueError, naming the argument, for anything out of range.
+    Raises ValueError, naming the argument, for anything out of range, and MemoryError where not
+    even one image for each device fits.
     """
     model, joint = named(joint), opened(joint)
     if noise is not None:

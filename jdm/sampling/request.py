@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,12 @@ def check(
 
     Raises ValueError, in one sentence that begins with the argument's name.
     """
-    # Numbers of NumPy would not go into JSON.
-    method = {name: x.item() if isinstance(x, np.generic) else x for name, x in method.items()}
+    n, scale, batch_size = map(_plain, (n, scale, batch_size))
+    method = {name: _plain(x) for name, x in method.items()}
     method = Method(blocks=None if blocks is None else tuple(blocks), **method)
+    _check_numbers(Integral, "a whole number", n=n, batch_size=batch_size)
+    _check_numbers(Integral, "a whole number", inner_steps=method.inner_steps)
+    _check_numbers(Real, "a number", scale=scale, eta=method.eta)
     name, classifier = named(classifier), None if classifier is None else opened(classifier)
     labels, seeds = _rows(joint, n, labels, seeds)
     _check_method(joint, method)
@@ -165,6 +169,17 @@ def has_classifier(joint: Joint) -> bool:
 def names_of_blocks(joint: Joint) -> Any:
     """The names of the model's representations, shaped like its features."""
     return block_names(len(joint.model.multipliers), joint.model.blocks)
+
+
+def _plain(x: Any) -> Any:
+    """A number of NumPy or JAX as one of Python, which goes into JSON."""
+    return x.item() if getattr(x, "ndim", None) == 0 else x
+
+
+def _check_numbers(kind: type, wanted: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 def _check_method(joint: Joint, method: Method) -> None:
@@ -241,7 +256,7 @@ def _rows(joint: Joint, n, labels, seeds) -> tuple[np.ndarray | None, np.ndarray
 
 def _classes(labels: Numbers, classes: int) -> np.ndarray:
     """int32 [N], -1 where None was given; or float32 [N, K] of probabilities."""
-    if not isinstance(labels, np.ndarray):
+    if isinstance(labels, Iterable) and not isinstance(labels, np.ndarray):
         labels = [-1 if label is None else label for label in labels]
     labels = _array("labels", labels)
     if labels.ndim == 2:
@@ -301,9 +316,12 @@ def _targets(joint: Joint, labels: np.ndarray | None, n: int) -> Float[np.ndarra
 
 def _array(name: str, values: Numbers) -> np.ndarray:
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
     except ValueError:
         raise ValueError(f"{name} must be rows of the same length") from None
+    if array.ndim == 0:
+        raise ValueError(f"{name}={values!r} must be a list, such as [{values!r}]")
+    return array
 
 
 def _whole_numbers(name: str, values: Numbers) -> np.ndarray:

@@ -193,3 +193,11 @@ def test_an_unknown_spacing_is_one_sentence_that_lists_the_known():
     for steps in (1, 10, "5,5"):
         with pytest.raises(ValueError, match=sentence):
             timesteps(chain(100), steps, "karras")
+
+
+@pytest.mark.parametrize("total", [0, -3, 101])
+def test_a_chain_has_no_more_times_left_than_it_has(total):
+    sentence = f"^total={total} must lie between 1 and diffusion.steps=100$"
+    for steps in (1, "1,1"):
+        with pytest.raises(ValueError, match=sentence):
+            timesteps(chain(100), steps, total=total)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -58,6 +59,24 @@ def test_bad_requests_are_one_sentence(joint, options, said):
     with pytest.raises(ValueError, match=f"^{said}|{said}") as info:
         jdm.sample(joint, **options)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(labels=3, guidance="pixel"), r"labels=3 must be a list, such as \[3\]"),
+        (dict(seeds=7), r"seeds=7 must be a list, such as \[7\]"),
+        (dict(n="3"), "n='3' must be a whole number"),
+        (dict(batch_size=2.5), "batch_size=2.5 must be a whole number"),
+        (dict(eta="half"), "eta='half' must be a number"),
+        (dict(labels=[1], guidance="pixel", scale="8"), "scale='8' must be a number"),
+        (dict(labels=[1], guidance="both", inner_steps=1.5), "inner_steps=1.5 must be a whole nu"),
+    ],
+)
+def test_arguments_of_another_type_are_one_sentence(joint, options, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(ValueError, match=f"^{said}"):
+        jdm.sample(joint, **options)
 
 
 @pytest.mark.parametrize("key, value", [("terms", "diffusion"), ("weight", 0.0)])

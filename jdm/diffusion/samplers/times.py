@@ -28,10 +28,12 @@ def timesteps(
     much of the chain is left where the start is not pure noise. A single step is at total - 1,
     where the published code has it at 0.
 
-    Raises ValueError for an unknown spacing, and for a count below 1 or above the length of its
-    section.
+    Raises ValueError for an unknown spacing, a total outside [1, T], and a count below 1 or above
+    the length of its section.
     """
     total = diffusion.steps if total is None else total
+    if not 1 <= total <= diffusion.steps:
+        raise ValueError(f"total={total} must lie between 1 and diffusion.steps={diffusion.steps}")
     pick("spacing", spacing, SPACINGS)
     try:
         counts = [int(count) for count in str(steps).split(",")]
