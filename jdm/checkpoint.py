@@ -21,15 +21,10 @@ job of several processes all of them call `save`, `newest_whole` and `restore` t
 shared file system.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,13 +35,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jdm.orbax import HANDLERS, checkpointer, quiet
+
 CHECKSUMS = "checksums.json"
-_HANDLERS = {
-    "weights": ocp.StandardCheckpointHandler,
-    "train_state": ocp.StandardCheckpointHandler,
-    "data": ocp.JsonCheckpointHandler,
-    "config": ocp.JsonCheckpointHandler,
-}
 
 
 class CheckpointError(RuntimeError):
@@ -93,8 +84,8 @@ def save(
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
-        with _checkpointer() as checkpointer:  # begins and ends with a barrier of all processes
-            checkpointer.save(partial, args=ocp.args.Composite(**args))
+        with checkpointer() as writing:
+            writing.save(partial, args=ocp.args.Composite(**args))
         if writer:
             _drop_paths(partial)
             _seal(partial)
@@ -128,7 +119,7 @@ def steps(workdir: epath.PathLike) -> list[int]:
 def items(workdir: epath.PathLike, step: int) -> set[str]:
     """The items that a step holds, of `weights`, `train_state`, `data` and `config`."""
     root = _folder(workdir) / str(step)
-    return {item for item in _HANDLERS if (root / item).is_dir()}
+    return {item for item in HANDLERS if (root / item).is_dir()}
 
 
 def newest(workdir: epath.PathLike) -> int:
@@ -171,7 +162,7 @@ def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) 
     return found
 
 
-def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(_HANDLERS)) -> None:
+def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(HANDLERS)) -> None:
     """Compares a step's files with its checksums.
 
     Args:
@@ -259,19 +250,19 @@ def _read(
     for item, target in targets.items():
         if not (root / item).is_dir():
             raise CheckpointError(f"{root} holds no {item}")
-        if _HANDLERS[item] is ocp.JsonCheckpointHandler:
+        if HANDLERS[item] is ocp.JsonCheckpointHandler:
             args[item] = ocp.args.JsonRestore()
         else:
             _check_fits(root / item, target, widen)
             args[item] = ocp.args.StandardRestore(target)
-    with _checkpointer() as checkpointer:
-        restored = checkpointer.restore(root, args=ocp.args.Composite(**args))
+    with checkpointer() as reading:
+        restored = reading.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}
 
 
 def _check_fits(path: epath.Path, target: PyTree, widen: bool) -> None:
     """Orbax names no key when shapes differ and casts dtypes unasked, so both are compared here."""
-    with _quiet():
+    with quiet():
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(path).tree)
     wanted = _leaves(target)
     for key in wanted | saved:
@@ -387,42 +378,3 @@ def _sweep_failed(folder: epath.Path) -> None:
         except OSError:
             clean = 0
         time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    handler = ocp.CompositeCheckpointHandler(**{k: make() for k, make in _HANDLERS.items()})
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        try:
-            yield checkpointer
-        finally:  # where one item fails, Orbax leaves the threads that write the others running
-            for thread in threading.enumerate():
-                if type(thread).__module__.startswith("orbax."):
-                    thread.join()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Orbax: a failure raises, and its threads' tracebacks would bury that one sentence.
-
-    After a failure the silence stays: writes still under way end after the call, each telling an
-    event loop that is closed by then, a traceback per array.
-    """
-    loggers, hook = [logging.getLogger("absl"), logging.getLogger("asyncio")], sys.unraisablehook
-
-    def elsewhere(record: logging.LogRecord) -> bool:
-        raised = record.exc_info and record.exc_info[1]
-        trace = "".join(traceback.format_exception(raised)) if raised else ""
-        return "orbax" not in record.pathname + record.getMessage() + trace
-
-    def unraisable(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            hook(event)
-
-    for logger in loggers:
-        logger.addFilter(elsewhere)
-    sys.unraisablehook = unraisable
-    yield
-    sys.unraisablehook = hook
-    for logger in loggers:
-        logger.removeFilter(elsewhere)
