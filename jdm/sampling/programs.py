@@ -127,6 +127,7 @@ def pad(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
 
+@functools.cache  # XLA takes tens of milliseconds to answer, each time
 def needed(program: Any) -> int:
     """Bytes that a program takes on each device, by its own account; 0 where it gives none."""
     memory = program.memory_analysis()
