@@ -104,7 +104,10 @@ class Samples:
 
     def _save_folder(self, path: Path) -> None:
         check_folder(path, self.settings)
+        path = path.resolve()  # where a link leads, what it leads to is replaced
         partial, before = _beside(path)
+        if before.is_dir() and not path.exists():  # a save was killed between its two renames
+            before.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         rows = ["file,seed,label,probability"]
@@ -135,6 +138,8 @@ def _in_words(label: np.ndarray | np.generic) -> str:
 def check_format(path: str | os.PathLike) -> str:
     """The ending of a file that Samples can be saved to, "" for a folder; ValueError for others."""
     ending = Path(path).suffix
+    if not Path(path).name:
+        raise ValueError(f"out={str(path)!r} must name a file or a folder")
     if ending and ending not in FORMATS:
         raise ValueError(
             f"out={str(path)!r} must end in one of {', '.join(FORMATS)}, or be a folder"
@@ -144,7 +149,7 @@ def check_format(path: str | os.PathLike) -> str:
 
 def _beside(path: Path) -> tuple[Path, Path]:
     """Where a folder is written until it is whole, and where the one it replaces waits for that."""
-    return path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.before")
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.before")
 
 
 def _foreign(folder: Path) -> str | None:
@@ -155,6 +160,9 @@ def _foreign(folder: Path) -> str | None:
 
 def check_folder(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where a folder holds anything but samples of these settings."""
+    path = path.resolve()
+    if path.is_mount():
+        raise ValueError(f"out={str(path)!r} is where a disk is mounted; name a folder in it")
     for other in _beside(path):  # what a run that was killed left is removed, and nothing else
         if other.exists() and (not other.is_dir() or _foreign(other)):
             raise ValueError(f"out={str(path)!r}: {other} is in the way, and holds no samples")
@@ -178,16 +186,19 @@ def read_settings(path: Path) -> dict[str, Any] | None:
         else:
             with np.load(path) as saved:
                 held = json.loads(str(saved["settings"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # whatever it is, it is not ours
+    except (EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # not ours
         return None
     return held if isinstance(held, dict) else None
 
 
 def differences(held: dict[str, Any], asked: dict[str, Any]) -> str:
-    """ "steps: 10 -> 20, scale: 8.0 -> 4.0" of two settings; empty where they are the same."""
+    """ "steps: 10 -> 20, scale: 8.0 -> 4.0" of two settings; empty where they are the same.
+
+    What models are called may differ, such as runs/a and runs/a/checkpoints/100: weights may not.
+    """
     asked = json.loads(json.dumps(asked))
     return ", ".join(
         f"{name}: {held.get(name)} -> {asked.get(name)}"
-        for name in sorted(held.keys() | asked.keys())
+        for name in sorted((held.keys() | asked.keys()) - {"model", "checkpoint", "classifier"})
         if held.get(name) != asked.get(name)
     )

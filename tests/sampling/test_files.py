@@ -115,11 +115,11 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
 
-@pytest.mark.parametrize("beside", ["x.partial", "x.before"])
+@pytest.mark.parametrize("beside", [".x.partial", ".x.before"])
 def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside, tmp_path):
     made().save(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / beside)  # whole, but for its name
-    made().save(tmp_path / "x")
+    made(images=made().images[:, ::-1]).save(tmp_path / "x")
     made().save(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     (tmp_path / beside).mkdir()
@@ -127,6 +127,24 @@ def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside
     with pytest.raises(ValueError, match=f"{beside} is in the way, and holds no samples$"):
         made().save(tmp_path / "x")
     assert (tmp_path / beside / "thesis.txt").read_text() == "all of it"
+
+
+def test_where_a_link_leads_is_what_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        made().save(tmp_path / "x")
+    assert (tmp_path / "x").is_symlink() and len([*(tmp_path / "disk").glob("*.png")]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "x"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/", "must name a file or a folder"), ("/proc", "is where a disk is mounted; name a folder")],
+)
+def test_what_cannot_be_replaced_is_refused(path, said):
+    with pytest.raises(ValueError, match=f"^out='{path}' {said}"):
+        made().save(path)
 
 
 def test_another_ending_is_one_sentence(tmp_path):
