@@ -74,15 +74,25 @@ def maker(
             part = request.part(slice(start, start + rows))
             count = len(part.seeds)
             seeds, targets, given = map(on_devices, (part.seeds, part.targets, part.given))
-            images, film = program(weights, seeds, targets, scale, given)
+            images, film, finite = program(weights, seeds, targets, scale, given)
             probabilities = None
             if judging:
                 found = programs.likelihood(model, own, images, targets)
                 asked = part.targets.any(axis=1)
                 probabilities = np.where(asked, np.asarray(found)[:count], np.float32(np.nan))
+            _check_finite(part, np.asarray(finite)[:count])
             images = np.asarray(images)[:count]
             film = None if film is None else np.asarray(film)[:, :count]
             yield Batch(images, probabilities, film)
             progress.advance(count)
 
     return rows, make
+
+
+def _check_finite(part: Request, finite: np.ndarray) -> None:
+    """Raises FloatingPointError for images of which a pixel is not a number."""
+    if not finite.all():
+        raise FloatingPointError(
+            f"the image of seed {part.seeds[~finite][0]} is not a number any more: a smaller "
+            f"scale than {part.scale:g}, or threshold='static', may keep it one"
+        )

@@ -155,6 +155,12 @@ def test_any_set_of_attributes_of_a_model_that_knows_several(joint, assert_same_
     assert_same_images(samples.images[3], plain.images[3])
 
 
+def test_an_image_that_is_no_number_any_more_is_not_handed_out(joint):
+    wild = dict(guidance="published", scale=1e38, threshold="none", steps=4)
+    with pytest.raises(FloatingPointError, match="^the image of seed 7 is not a number .* 1e.38"):
+        jdm.sample(joint, labels=[None, 1], seeds=[5, 7], **wild)
+
+
 # Memory ------------------------------------------------------------------------------------------
 
 
@@ -179,7 +185,8 @@ class Need:
         (1000, 16, 10, 16),
         (5, None, 10, 8),  # a power of two
         (5, 3, 10, 3),
-        (1000, None, 40, 25),  # as many as fit in 1000 bytes
+        (1000, None, 40, 16),  # of what fits in 1000 bytes the power of two
+        (1000, 24, 50, 8),
         (1000, None, 1000, 1),
     ],
 )
@@ -194,6 +201,23 @@ def test_batches_are_as_large_as_is_of_use_and_fits(n, batch_size, each, rows, m
     found, program = programs.fitting(n, local_mesh(), batch_size, compile_for)
     assert found == program.rows == rows
     assert len(compiled) <= 2 and program.need <= 1000
+
+
+def test_a_compiler_that_refuses_what_does_not_fit_is_asked_for_less(monkeypatch):
+    def compile_for(rows):
+        if rows > most:
+            raise jax.errors.JaxRuntimeError(error)
+        return Need(rows, 10)
+
+    monkeypatch.setattr(programs, "free_memory", lambda device: 2**20)
+    most, error = 16, "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
+    assert programs.fitting(1000, local_mesh(), None, compile_for)[0] == 16
+    most = 0
+    with pytest.raises(MemoryError, match="^batch_size=1 needs more than there is on each device"):
+        programs.fitting(1000, local_mesh(), None, compile_for)
+    error = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        programs.fitting(1000, local_mesh(), None, compile_for)
 
 
 def test_an_image_that_does_not_fit_is_one_sentence(monkeypatch):
