@@ -52,8 +52,10 @@ from jdm.files import write_whole
 
 BATCH = 64
 CLIPPED, UNCLIPPED = dict(threshold="static"), dict(threshold="none")
-# Arguments of jdm.sample that this script gives, or that change what is measured.
-OF_A_ROW = ("labels", "seeds", "sampler", "steps", "guidance", "noise", "film", "batch_size")
+# Arguments of jdm.sample that this script gives, or that change what is measured: a classifier
+# would be read anew in every call.
+OF_A_ROW = ("labels", "seeds", "sampler", "steps", "guidance", "classifier", "noise", "film")
+OF_A_ROW += ("batch_size",)
 TARGET = {"published": 40, "representation": 40, "ddim": 3}  # times faster than these baselines
 
 
@@ -96,8 +98,9 @@ def make(joint: "jdm.Joint", rows: list[Row], first_seed: int, repeats: int) -> 
         labels = row.labels(seeds, joint.model.num_classes)
         maker(joint, check(joint, labels=labels, seeds=seeds, **row.settings), BATCH)
         say(f"{row.name}: compiled in {time.perf_counter() - started:.1f} s")
-    # What is compiled at its first call, whatever the row: the probability of the label.
-    jdm.sample(joint, BATCH, labels=[0], guidance="pixel", steps=1, batch_size=BATCH)
+    if any(row.settings["guidance"] != "none" for row in rows):
+        # What is compiled at its first call, whatever the row: the probability of the label.
+        jdm.sample(joint, BATCH, labels=[0], guidance="pixel", steps=1, batch_size=BATCH)
     rounds = [max(repeats, math.ceil(row.count / BATCH)) for row in rows]
     for turn in range(max(rounds)):
         began, numbers = time.perf_counter(), turn * BATCH + np.arange(BATCH)
@@ -217,7 +220,8 @@ def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
         settings = dict(sampler=sampler, steps=steps, guidance=guidance) | options
         rows.append(Row(" ".join(name), settings, count))
     for row in rows:
-        check(joint, labels=row.labels(np.zeros(1, int), 1), seeds=[0], **row.settings)
+        seeds = [flags.seeds, flags.seeds + max(row.count, flags.repeats * BATCH) + BATCH]
+        check(joint, labels=row.labels(np.zeros(1, int), 1), seeds=seeds, **row.settings)
     if not rows:
         raise ValueError("--baselines and --steps leave nothing to measure")
     return rows

@@ -34,6 +34,8 @@ def numbers(flag: str, text: str) -> list[int]:
             )
         if dash and int(last) < int(first):
             raise FlagError(f"--{flag}={text} holds {part}, which runs downwards")
+        if int(last or first) >= 2**32:  # before a list of them fills the memory
+            raise FlagError(f"--{flag}={text} holds {last or first}; it must be below 2**32")
         found += range(int(first), int(last if dash else first) + 1)
     if not found:
         raise FlagError(f"--{flag}={text} is empty")

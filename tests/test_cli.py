@@ -132,6 +132,7 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
         (["--labels=3:0.5", "--guidance=pixel"], "--labels hold the probabilities"),
         (["--labels=3+!5", "--guidance=pixel"], "--labels ask for a class to be off; this model"),
         (["--labels=3:0.5+3:0.5"], "--labels=3:0.5+3:0.5 names a class twice in 3:0.5+3:0.5"),
+        (["--seeds=0-9999999999"], "--seeds=0-9999999999 holds 9999999999; it must be below 2**32"),
         (["--seeds=9-5,0"], "--seeds=9-5,0 holds 9-5, which runs downwards"),
         (
             ["--labels=1", "--guidance=both", "--blocks=top"],
