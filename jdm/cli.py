@@ -101,14 +101,14 @@ def sample(arguments: argparse.Namespace) -> None:
             **{name: getattr(arguments, name) for name in plain},
         )
         given = {name: getattr(arguments, name) for name in names}
-        settings = runs.settings_of(joint, request, **given)
+        settings = request.settings(joint, **given)
         runs.check_out(out, settings, arguments.resume)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     options = dict(resume=arguments.resume, batch_size=arguments.batch_size)
     try:
         done = runs.run(joint, request, settings, out, **options)
-    except MemoryError as error:
+    except (FloatingPointError, MemoryError) as error:
         raise Failure(error) from error
     print(f"wrote {len(seeds)} images to {out}" if done else f"{out} is complete already")
 

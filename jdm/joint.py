@@ -6,8 +6,10 @@ noise, and its logits. Does not train, sample or plot.
 
 import dataclasses
 import functools
+import hashlib
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -66,6 +68,14 @@ def answers_of(model: JointModel, weights: Any, x: Float[Array, "b h w c"], t: I
     return answers(_logits(model, weights, x, t), model.multi_label)
 
 
+def digest(arrays: Iterable[Any]) -> str:
+    """A short name of what arrays hold."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Joint:
     """A joint model, its diffusion and its weights.
@@ -94,6 +104,11 @@ class Joint:
     def params(self) -> Any:
         """The parameters alone."""
         return self.weights["params"]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A short name of the weights: what was made by the same ones can be told by it."""
+        return digest(jax.tree.leaves(self.weights))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -67,8 +67,8 @@ def sample(
     film: whether the estimates on the way are kept. batch_size: the most images per device and
     call; None is as many as are of use. Either way no more than the device's memory holds.
 
-    Raises ValueError, naming the argument, for anything out of range, and MemoryError where not
-    even one image for each device fits.
+    Raises ValueError, naming the argument, for anything out of range; MemoryError where not even
+    one image for each device fits; FloatingPointError where a scale drives an image out of numbers.
     """
     model, joint = named(joint), opened(joint)
     if noise is not None:
@@ -95,7 +95,7 @@ def sample(
     )
     if noise is not None:
         request = request.starting("noise", noise)
-    return made(joint, request, {**request.settings(), "model": model}, batch_size)
+    return made(joint, request, request.settings(joint, model=model), batch_size)
 
 
 def _check_noise(joint: Joint, noise: np.ndarray) -> np.ndarray:

@@ -3,8 +3,10 @@
 Owns where a journey starts; each is then a request like any other.
 """
 
+import dataclasses
 import functools
 import os
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -18,8 +20,12 @@ from jdm.diffusion.samplers import ddim_inverse, initial_noise, timesteps
 from jdm.joint import Joint, check_images, make_network, named, opened
 from jdm.sampling.make import made
 from jdm.sampling.programs import image_shape, pad
-from jdm.sampling.request import Numbers, check
+from jdm.sampling.request import Method, Numbers, check, check_numbers, whole_numbers
 from jdm.sampling.samples import Samples
+
+# The arguments of jdm.sample that say how, which a journey hands on.
+OPTIONS = {field.name for field in dataclasses.fields(Method)} - {"start", "total"}
+OPTIONS |= {"scale", "classifier"}
 
 
 def interpolate(
@@ -41,6 +47,9 @@ def interpolate(
     Raises ValueError, naming the argument, for anything out of range.
     """
     model, joint = named(joint), opened(joint)
+    check_numbers(Integral, n=n)
+    _check_options("interpolate", options)
+    seeds = whole_numbers("seeds", seeds)
     if len(seeds) != 2:
         raise ValueError(f"seeds are {len(seeds)}; the way is between 2")
     if n < 2:
@@ -59,7 +68,7 @@ def interpolate(
     ends = _noise(joint.model, joint.diffusion, request.seeds[[0, -1]])
     request = request.starting("noise", _arc(*np.asarray(ends), way))
     ends = [int(seed) for seed in request.seeds[[0, -1]]]
-    settings = {**request.settings(), "model": model, "interpolate": ends}
+    settings = request.settings(joint, model=model, interpolate=ends)
     return made(joint, request, settings, batch_size)
 
 
@@ -73,23 +82,24 @@ def invert(
     steps: int | str = 100,
     spacing: str = "uniform",
     iterations: int = 5,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> Float[np.ndarray, "n h w c"]:
     """The noise x_T, float32 [N, H, W, C], from which ddim comes back to the images.
 
     images: uint8 [N, H, W, C], or floats in [-1, 1]. To come back: jdm.sample(joint, noise=x_T,
     steps=steps, spacing=spacing, threshold="none"), with the same guidance. iterations: how often
-    each step is solved anew, see samplers.ddim_inverse. batch_size: images per call.
+    each step is solved anew, see samplers.ddim_inverse. batch_size: images per call, 64 where None.
 
     Raises ValueError, naming the argument, for anything out of range.
     """
     joint = opened(joint)
     images = check_images(joint, images)
+    check_numbers(Integral, iterations=iterations)
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
     options = dict(guidance=guidance, scale=scale, steps=steps, spacing=spacing)
     request = check(joint, len(images), labels=labels, batch_size=batch_size, **options)
-    rows = min(batch_size, len(images))
+    rows = min(batch_size or 64, len(images))
     noise = []
     for start in range(0, len(images), rows):
         part = slice(start, start + rows)
@@ -122,6 +132,8 @@ def edit(
     """
     model, joint = named(joint), opened(joint)
     images = check_images(joint, images)
+    check_numbers(Real, strength=strength)
+    _check_options("edit", options)
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1]")
     total = max(1, round(strength * joint.diffusion.steps))
@@ -138,8 +150,15 @@ def edit(
         **options,
     )
     request = request.starting("image", np.asarray(_floats(images)))
-    settings = {**request.settings(), "model": model, "strength": float(strength)}
+    settings = request.settings(joint, model=model, strength=float(strength))
     return made(joint, request, settings, batch_size)
+
+
+def _check_options(function: str, options: dict[str, Any]) -> None:
+    """Raises TypeError for what is none of jdm.sample's, or what the journey itself decides."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

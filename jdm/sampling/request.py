@@ -5,8 +5,6 @@ complaint is a ValueError in one sentence that begins with the argument's name.
 """
 
 import dataclasses
-import hashlib
-import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,7 +24,7 @@ from jdm.diffusion.guidance import (
 )
 from jdm.diffusion.process import pick
 from jdm.diffusion.samplers import SAMPLERS, THRESHOLDS, timesteps
-from jdm.joint import Joint, named, opened
+from jdm.joint import Joint, digest, named, opened
 from jdm.nn.unet import block_names
 
 Numbers = Sequence | np.ndarray  # what they must hold is checked, and said in one sentence
@@ -88,8 +86,12 @@ class Request:
         arrays = {name: x if x is None else x[rows] for name, x in arrays.items()}
         return dataclasses.replace(self, **arrays)
 
-    def settings(self) -> dict[str, Any]:
-        """What to write down: how they were made, and a digest of seeds, labels and starts."""
+    def settings(self, joint: Joint, **names: Any) -> dict[str, Any]:
+        """What to write down of images that the joint makes of it.
+
+        How they were made, digests of what was asked for and of the weights, and names: what the
+        model is called and the like.
+        """
         settings = dataclasses.asdict(self.method)
         for name in ("film", "start", "total"):
             del settings[name]
@@ -102,6 +104,9 @@ class Request:
             "classifier": self.classifier_name,
             "images": len(self.seeds),
             "asked": digest(asked),
+            "weights": joint.digest,
+            "classifier_weights": self.classifier and self.classifier.digest,
+            **names,
         }
 
 
@@ -123,18 +128,23 @@ def check(
     """
     n, scale, batch_size = map(_plain, (n, scale, batch_size))
     method = {name: _plain(x) for name, x in method.items()}
+    if isinstance(blocks, str):
+        raise ValueError(f"blocks={blocks!r} must be a list of names, such as [{blocks!r}]")
     method = Method(blocks=None if blocks is None else tuple(blocks), **method)
-    _check_numbers(Integral, "a whole number", n=n, batch_size=batch_size)
-    _check_numbers(Integral, "a whole number", inner_steps=method.inner_steps)
-    _check_numbers(Real, "a number", scale=scale, eta=method.eta)
+    check_numbers(Integral, n=n, batch_size=batch_size, inner_steps=method.inner_steps)
+    check_numbers(Real, scale=scale, eta=method.eta)
     name, classifier = named(classifier), None if classifier is None else opened(classifier)
     labels, seeds = _rows(joint, n, labels, seeds)
     _check_method(joint, method)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
+    if method.guidance == "none" and scale is not None:
+        raise ValueError(f"scale={scale} goes with a guidance, not 'none'")
     scale = DEFAULT_SCALES[method.guidance] if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
+    if not abs(scale) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"scale={scale} must be finite, as float32")
+    if joint.config.loss.terms == "classifier":
+        raise ValueError("checkpoint holds a model that was trained to classify alone")
     if method.guidance != "none" and labels is None:
         raise ValueError(f"guidance={method.guidance!r} needs labels")
     if classifier is not None:
@@ -153,12 +163,12 @@ def check(
     return Request(labels, targets, seeds, method, scale, classifier, name)
 
 
-def digest(arrays: Iterable[Any]) -> str:
-    """A short name of what arrays hold."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array))
-    return found.hexdigest()[:16]
+def check_numbers(kind: type, **given: Any) -> None:
+    """Raises ValueError for what is neither None nor of a kind of numbers, Integral or Real."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, kind):
+            wanted = "whole number" if kind is Integral else "number"
+            raise ValueError(f"{name}={value!r} must be a {wanted}")
 
 
 def has_classifier(joint: Joint) -> bool:
@@ -176,12 +186,6 @@ def _plain(x: Any) -> Any:
     return x.item() if getattr(x, "ndim", None) == 0 else x
 
 
-def _check_numbers(kind: type, wanted: str, **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name}={value!r} must be {wanted}")
-
-
 def _check_method(joint: Joint, method: Method) -> None:
     pick("sampler", method.sampler, SAMPLERS)
     pick("threshold", method.threshold, THRESHOLDS)
@@ -192,6 +196,10 @@ def _check_method(joint: Joint, method: Method) -> None:
         raise ValueError(f"eta={method.eta} must lie in [0, 1]")
     if method.eta and method.sampler != "ddim":
         raise ValueError(f"eta={method.eta} goes with sampler='ddim', not {method.sampler!r}")
+    if method.scale_schedule != "constant" and method.guidance == "none":
+        raise ValueError(
+            f"scale_schedule={method.scale_schedule!r} goes with a guidance, not 'none'"
+        )
     if method.inner_steps < 1:
         raise ValueError(f"inner_steps={method.inner_steps} must be at least 1")
     if method.inner_steps > 1 and method.guidance not in WITH_INNER_STEPS:
@@ -236,7 +244,7 @@ def _rows(joint: Joint, n, labels, seeds) -> tuple[np.ndarray | None, np.ndarray
     if labels is not None:
         labels = LABELS[joint.model.multi_label](labels, joint.model.num_classes)
     if seeds is not None:
-        seeds = _whole_numbers("seeds", seeds)
+        seeds = whole_numbers("seeds", seeds)
         wrong = seeds[(seeds < 0) | (seeds >= 2**32)]
         if wrong.size:
             raise ValueError(f"seeds hold {wrong[0]}; they must lie in [0, 2**32)")
@@ -261,7 +269,7 @@ def _classes(labels: Numbers, classes: int) -> np.ndarray:
     labels = _array("labels", labels)
     if labels.ndim == 2:
         return _distributions(labels, classes)
-    labels = _whole_numbers("labels", labels)
+    labels = whole_numbers("labels", labels)
     wrong = labels[(labels < -1) | (labels >= classes)]
     if wrong.size:
         raise ValueError(
@@ -324,7 +332,8 @@ def _array(name: str, values: Numbers) -> np.ndarray:
     return array
 
 
-def _whole_numbers(name: str, values: Numbers) -> np.ndarray:
+def whole_numbers(name: str, values: Numbers) -> np.ndarray:
+    """A list of whole numbers as an array [N]; ValueError for anything else."""
     values = _array(name, values)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(

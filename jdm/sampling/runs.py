@@ -11,6 +11,7 @@ them puts the parts together.
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 from jdm.files import write_whole
 from jdm.joint import Joint
 from jdm.sampling.make import Batch, joined, maker
-from jdm.sampling.request import Request, digest
+from jdm.sampling.request import Request
 from jdm.sampling.samples import check_folder, check_format, differences, read_settings
 from jdm.tracking import Progress
 
@@ -29,24 +30,11 @@ LEAST = 256  # images of a part, where a batch is not larger
 RECORD = "request.json"
 
 
-def settings_of(joint: Joint, request: Request, **names: Any) -> dict[str, Any]:
-    """What to write down of a run: how, what was asked for, and digests of the weights.
-
-    names: of the checkpoint and the like.
-    """
-    judge = request.classifier
-    return {
-        **request.settings(),
-        **names,
-        "weights": digest(jax.tree.leaves(joint.weights)),
-        "classifier_weights": judge and digest(jax.tree.leaves(judge.weights)),
-    }
-
-
 def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
     """Raises ValueError where a run to this path would mix with another one.
 
-    A file of that name is replaced, once the new one is whole; a folder only by the same settings.
+    A file of that name is replaced, once the new one is whole, but for one of other settings that
+    was to be resumed; a folder only by the same settings.
     """
     if check_format(out) == "":
         check_folder(out, settings)
@@ -54,6 +42,9 @@ def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
         raise ValueError(f"out={str(out)!r} is a folder, and {out.suffix} a file")
     parts, record = _parts(out), _parts(out) / RECORD
     if not record.is_file():
+        held = read_settings(out) if resume else None
+        if held is not None and (differing := differences(held, settings)):
+            raise ValueError(f"out={str(out)!r} is complete, and of other settings: {differing}")
         if not parts.exists() or all(path.name.startswith(RECORD) for path in parts.iterdir()):
             return  # nothing, or what is left of a run that was cut off before its first part
         raise ValueError(f"out={str(out)!r}: {parts} is in the way, and holds no interrupted run")
@@ -78,7 +69,8 @@ def run(
 ) -> bool:
     """Makes the images of a request and writes them to out; whether there was anything to do.
 
-    resume: goes on where an interrupted run to the same path stopped. settings: see settings_of.
+    settings: see Request.settings. resume: goes on where an interrupted run to the same path
+    stopped.
 
     Raises ValueError as `check_out` does.
     """
@@ -87,19 +79,24 @@ def run(
     hosts, host = jax.process_count(), jax.process_index()
     if resume and not (_parts(out) / RECORD).is_file() and _complete(out, settings):
         return False
-    count = len(request.seeds)
-    share = request.part(slice(0, -(-count // hosts)))
+    count, record = len(request.seeds), _parts(out) / RECORD
+    share = -(-count // hosts)
+    if record.is_file():
+        share = min(share, json.loads(record.read_text())["part"])
     print(f"compiling {_in_words(request)}", file=sys.stderr, flush=True)
-    rows, make = maker(joint, share, batch_size)
-    if host == 0 and not (_parts(out) / RECORD).is_file():
-        _parts(out).mkdir(exist_ok=True)
-        each = max(rows, min(LEAST, len(share.seeds)))
-        write_whole(_parts(out) / RECORD, json.dumps({"settings": settings, "part": each}))
+    rows, make = maker(joint, request.part(slice(0, share)), batch_size)
+    if host == 0 and not record.is_file():
+        record.parent.mkdir(exist_ok=True)
+        each = rows * -(-min(LEAST, share) // rows)  # whole batches
+        write_whole(record, json.dumps({"settings": settings, "part": each}))
     _meet("the parts are agreed on")
-    each = json.loads((_parts(out) / RECORD).read_text())["part"]
+    each = json.loads(record.read_text())["part"]
     parts = {start: _parts(out) / f"{start:08}.npz" for start in range(0, count, each)}
     mine = [start for i, start in enumerate(parts) if i % hosts == host]
     sizes = {start: min(each, count - start) for start in mine}
+    for start in mine:
+        if parts[start].is_file() and not _opens(parts[start]):
+            parts[start].unlink()
     done = sum(sizes[start] for start in mine if parts[start].is_file())
     with Progress(sum(sizes.values()), "sampling", "images", done=done) as progress:
         for start in mine:
@@ -113,8 +110,8 @@ def run(
         joined(request, settings, [_unpacked(path) for path in parts.values()]).save(out)
         for path in parts.values():
             path.unlink()
-        (_parts(out) / RECORD).unlink()  # last: parts without it would be anyone's
-        _parts(out).rmdir()
+        record.unlink()  # last: parts without it would be anyone's
+        record.parent.rmdir()
     _meet("the parts are put together")
     return True
 
@@ -150,3 +147,12 @@ def _packed(batch: Batch) -> bytes:
 def _unpacked(path: Path) -> Batch:
     with np.load(path) as saved:
         return Batch(*(saved[name] if name in saved else None for name in Batch._fields))
+
+
+def _opens(path: Path) -> bool:
+    """Whether a part is as it was written; a disk that failed may have left less."""
+    try:
+        _unpacked(path)
+    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+    return True

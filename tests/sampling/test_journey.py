@@ -83,6 +83,7 @@ def test_an_edit_depends_on_its_image_and_seed_alone(joint, assert_same_images):
         (lambda j, x: jdm.interpolate(j, (1, -2)), "^seeds hold -2"),
         (lambda j, x: jdm.interpolate(j, (1, 2), eta=1.0), "^sampler must be deterministic"),
         (lambda j, x: jdm.interpolate(j, (1, 2), sampler="ancestral"), "^sampler must be determin"),
+        (lambda j, x: jdm.interpolate(j, [[1, 2]]), "^seeds must be a list of whole numbers"),
         (lambda j, x: jdm.invert(j, x, iterations=0), "^iterations=0"),
         (lambda j, x: jdm.invert(j, x, steps=51), "^steps=51"),
         (lambda j, x: jdm.invert(j, x[..., :4, :, :]), "^images have the shape"),
@@ -100,6 +101,13 @@ def test_bad_requests_are_one_sentence(joint, call, said):
     with pytest.raises(ValueError, match=said) as info:
         call(joint, images)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["total", "start", "labels", "step"])
+def test_what_is_no_option_of_a_journey_is_refused_as_python_does(joint, name):
+    said = rf"^interpolate\(\) got an unexpected keyword argument '{name}'$"
+    with pytest.raises(TypeError, match=said):
+        jdm.interpolate(joint, (1, 2), **{name: 3})
 
 
 def test_floats_in_0_to_1_are_warned_about(joint):

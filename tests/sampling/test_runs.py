@@ -16,6 +16,7 @@ import pytest
 
 import jdm
 from jdm.sampling import check, runs
+from jdm.sampling.samples import differences
 
 JDM = Path(sys.executable).with_name("jdm")
 ASKED = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
@@ -82,6 +83,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, killed, whole, assert_same_
     assert [path.name for path in killed.parent.iterdir()] == ["x.npz"]
     again = run(tiny, killed, "--resume")
     assert again.returncode == 0 and "is complete already" in again.stdout
+    other = run(tiny, killed, "--resume", "--scale=3")
+    assert other.returncode == 2 and "is complete, and of other settings: scale: 8" in other.stderr
 
 
 def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
@@ -128,6 +131,30 @@ def test_half_of_what_hosts_need_is_one_sentence(tiny, tmp_path, flags):
     assert "--coordinator, --hosts and --host go together" in done.stderr
 
 
+def test_a_part_that_does_not_open_is_made_again(joint, whole, tmp_path, assert_same_images):
+    request = check(joint, labels=np.arange(600) % 10, guidance="pixel", steps=4)
+    settings, out, cut = request.settings(joint), tmp_path / "x.npz", []
+
+    def run():
+        return runs.run(joint, request, settings, out, resume=True, batch_size=32)
+
+    def cut_off(where):  # at the end, as a full disk would
+        if where == "all parts are there" and not cut:
+            cut.extend(parts(out))
+            raise OSError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_meet", cut_off)
+        with pytest.raises(OSError):
+            run()
+    assert len(cut) == 3
+    cut[0].write_bytes(b"")
+    cut[1].write_bytes(cut[1].read_bytes()[:-1000])
+    assert run()
+    with np.load(out) as saved:
+        assert_same_images(saved["arr_0"], whole.images)
+
+
 def check_out(out, resume=False):
     runs.check_out(out, {"steps": 3}, resume)
 
@@ -153,9 +180,8 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 
 def test_what_a_run_is_known_by(joint):
     def settings(joint, **options):
-        return runs.settings_of(
-            joint, check(joint, **{"labels": [1], "guidance": "pixel", **options})
-        )
+        request = check(joint, **{"labels": [1], "guidance": "pixel", **options})
+        return request.settings(joint, checkpoint="runs/a")
 
     same = settings(joint)
     assert same == settings(joint) == json.loads(json.dumps(same))
@@ -172,3 +198,6 @@ def test_what_a_run_is_known_by(joint):
     ]
     texts = {json.dumps(one, sort_keys=True) for one in [same, *changed]}
     assert len(texts) == 8
+    for one in changed:
+        assert differences(same, one)
+    assert not differences(same, {**same, "checkpoint": "runs/a/checkpoints/100"})
