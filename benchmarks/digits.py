@@ -28,8 +28,8 @@ from jdm.tracking import read_metrics
 
 GUIDANCE = ("representation", "pixel")
 SEEDS = range(1000, 1500)
-# eta 1: a step that adds noise lets later steps mend what earlier ones got wrong.
-SETTINGS = dict(sampler="ddim", steps=15, eta=1.0)
+# A step that adds noise lets later steps mend what earlier ones got wrong.
+SETTINGS = dict(sampler="ancestral", steps=10)
 
 
 def judge(samples: jdm.Samples, splits: dict) -> dict:
