@@ -106,8 +106,6 @@ class Samples:
         check_folder(path, self.settings)
         path = path.resolve()  # where a link leads, what it leads to is replaced
         partial, before = _beside(path)
-        if before.is_dir() and not path.exists():  # a save was killed between its two renames
-            before.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         rows = ["file,seed,label,probability"]
@@ -160,22 +158,25 @@ def _foreign(folder: Path) -> str | None:
 
 def check_folder(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where a folder holds anything but samples of these settings."""
-    path = path.resolve()
+    out = path = path.resolve()
     if path.is_mount():
-        raise ValueError(f"out={str(path)!r} is where a disk is mounted; name a folder in it")
+        raise ValueError(f"out={str(out)!r} is where a disk is mounted; name a folder in it")
     for other in _beside(path):  # what a run that was killed left is removed, and nothing else
         if other.exists() and (not other.is_dir() or _foreign(other)):
-            raise ValueError(f"out={str(path)!r}: {other} is in the way, and holds no samples")
+            raise ValueError(f"out={str(out)!r}: {other} is in the way, and holds no samples")
+    _, before = _beside(path)
+    if before.is_dir() and not path.exists():  # a save was killed between its two renames
+        path = before
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     held = read_settings(path)
     if held is None:
-        raise ValueError(f"out={str(path)!r} exists and holds no samples")
+        raise ValueError(f"out={str(out)!r} exists and holds no samples")
     if foreign := _foreign(path):
-        raise ValueError(f"out={str(path)!r} holds {foreign}, which is not of its samples")
+        raise ValueError(f"out={str(out)!r} holds {foreign}, which is not of its samples")
     differing = differences(held, settings)
     if differing:
-        raise ValueError(f"out={str(path)!r} holds samples of other settings: {differing}")
+        raise ValueError(f"out={str(out)!r} holds samples of other settings: {differing}")
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -129,6 +129,14 @@ def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside
     assert (tmp_path / beside / "thesis.txt").read_text() == "all of it"
 
 
+def test_samples_that_a_killed_save_put_aside_are_not_lost_to_other_settings(tmp_path):
+    made().save(tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / ".x.before")
+    with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
+        made(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+    assert len([*(tmp_path / ".x.before").glob("*.png")]) == 5
+
+
 def test_where_a_link_leads_is_what_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "disk")
