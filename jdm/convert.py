@@ -229,7 +229,8 @@ def from_file(
 ) -> None:
     """Makes a work folder of a state_dict: weights and config, at step 0; see `load_weights`.
 
-    workdir: must be empty or absent; it appears whole or not at all.
+    workdir: must be empty or absent; it appears whole or not at all. without_head: its config says
+    loss.terms="diffusion", whatever was given, so that no guidance follows a head without training.
 
     Raises ConvertError for a folder that is not empty, too, and CheckpointError where saving fails.
     """
@@ -239,6 +240,8 @@ def from_file(
     partial = workdir.with_name(f"{workdir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     settings = configs.to_dict(config)
+    if without_head:
+        settings["loss"]["terms"] = "diffusion"
     checkpoint.save(partial, 0, weights=weights, config=settings, keep=1)
     write_whole(partial / "config.json", json.dumps(settings, indent=2) + "\n")
     partial.rename(workdir)

@@ -167,9 +167,11 @@ def headless(tmp_path):
 def test_a_file_without_a_classifier_needs_a_flag(headless, tmp_path):
     assert "--without-head" in refused(headless, CONFIG, tmp_path / "run")
     convert.from_file(headless, CONFIG, tmp_path / "run", without_head=True)
-    weights = jdm.load(tmp_path / "run").weights
-    assert (weights["batch_stats"]["head"]["norm_in"]["var"] == 1).all()
-    assert np.std(weights["params"]["head"]["in"]["kernel"]) > 0.01
+    joint = jdm.load(tmp_path / "run")
+    assert (joint.weights["batch_stats"]["head"]["norm_in"]["var"] == 1).all()
+    assert np.std(joint.params["head"]["in"]["kernel"]) > 0.01
+    with pytest.raises(ValueError, match="^guidance='pixel' needs a classifier"):
+        jdm.sample(joint, labels=[0], guidance="pixel")
     convert.to_file(tmp_path / "run", tmp_path / "back.pt", without_head=True)
     assert_same_bytes(convert.read(tmp_path / "back.pt"), convert.read(headless))
 
