@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jdm.diffusion.guidance import guide
 from jdm.diffusion.process import pixels_to_float
-from jdm.diffusion.samplers import ddim_inverse, initial_noise, timesteps
-from jdm.joint import Joint, check_images, make_network, named, opened
+from jdm.diffusion.samplers import initial_noise
+from jdm.joint import Joint, check_images, named, opened
+from jdm.mesh import by_row, local_mesh, replicated
+from jdm.sampling import programs
 from jdm.sampling.make import made
-from jdm.sampling.programs import image_shape, pad
 from jdm.sampling.request import Method, Numbers, check, check_numbers, whole_numbers
 from jdm.sampling.samples import Samples
+from jdm.tracking import Progress
 
 # The arguments of jdm.sample that say how, which a journey hands on.
 OPTIONS = {field.name for field in dataclasses.fields(Method)} - {"start", "total"}
@@ -88,9 +89,10 @@ def invert(
 
     images: uint8 [N, H, W, C], or floats in [-1, 1]. To come back: jdm.sample(joint, noise=x_T,
     steps=steps, spacing=spacing, threshold="none"), with the same guidance. iterations: how often
-    each step is solved anew, see samplers.ddim_inverse. batch_size: images per call, 64 where None.
+    each step is solved anew, see samplers.ddim_inverse. batch_size: as that of `jdm.sample`.
 
-    Raises ValueError, naming the argument, for anything out of range.
+    Raises ValueError, naming the argument, for anything out of range; MemoryError where not even
+    one image for each device fits.
     """
     joint = opened(joint)
     images = check_images(joint, images)
@@ -99,14 +101,19 @@ def invert(
         raise ValueError(f"iterations={iterations} must be at least 1")
     options = dict(guidance=guidance, scale=scale, steps=steps, spacing=spacing)
     request = check(joint, len(images), labels=labels, batch_size=batch_size, **options)
-    rows = min(batch_size or 64, len(images))
-    noise = []
-    for start in range(0, len(images), rows):
-        part = slice(start, start + rows)
-        batch, targets = (pad(x[part], rows) for x in (images, request.targets))
-        static = (joint.model, joint.diffusion, request.method, iterations)
-        found = _invert(*static, joint.weights, _floats(batch), targets, request.scale)
-        noise.append(np.asarray(found)[: len(images[part])])
+    mesh = local_mesh()
+    static = (joint.model, joint.diffusion, request.method, iterations, mesh)
+    compiled = functools.partial(programs.invert, *static)
+    rows, program = programs.fitting(len(images), mesh, batch_size, compiled)
+    fixed = (joint.weights, np.float32(request.scale))
+    weights, scale = jax.device_put(fixed, replicated(mesh))
+    noise, asked = [], (np.asarray(_floats(images)), request.targets)
+    with Progress(len(images), "inverting", "images") as progress:
+        for start in range(0, len(images), rows):
+            batch, targets = (x[start : start + rows] for x in asked)
+            padded = (jax.device_put(programs.pad(x, rows), by_row(mesh)) for x in (batch, targets))
+            noise.append(np.asarray(program(weights, *padded, scale))[: len(batch)])
+            progress.advance(len(batch))
     return np.concatenate(noise)
 
 
@@ -164,15 +171,7 @@ def _check_options(function: str, options: dict[str, Any]) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _noise(model, diffusion, seeds):
     """x_T of the seeds, float32 [N, H, W, C]."""
-    return initial_noise(diffusion, jax.vmap(jax.random.key)(seeds), image_shape(model))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _invert(model, diffusion, method, iterations, weights, x0, targets, scale):
-    network = make_network(model, diffusion, weights)
-    eps_fn = guide(network, diffusion, method.guidance, targets, scale)
-    times = timesteps(diffusion, method.steps, method.spacing)
-    return ddim_inverse(eps_fn, diffusion, x0, times, iterations)
+    return initial_noise(diffusion, jax.vmap(jax.random.key)(seeds), programs.image_shape(model))
 
 
 def _floats(images: np.ndarray) -> Float[jax.Array, "n h w c"]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jdm.diffusion.guidance import block_mask, guide
 from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
-from jdm.diffusion.samplers import image_noise, initial_noise, reverse, timesteps
+from jdm.diffusion.samplers import ddim_inverse, image_noise, initial_noise, reverse, timesteps
 from jdm.joint import abstract_weights, answers_of, judged_by, make_network
 from jdm.mesh import by_row, replicated
 from jdm.nn.model import JointModel
@@ -80,6 +80,14 @@ STARTS: dict[str, Callable] = {
 }
 
 
+def _invert(model, diffusion, method, iterations, weights, images, targets, scale):
+    """x_T [B, H, W, C] of images, float32 in [-1, 1]."""
+    network = make_network(model, diffusion, weights)
+    eps_fn = guide(network, diffusion, method.guidance, targets, scale)
+    times = timesteps(diffusion, method.steps, method.spacing)
+    return ddim_inverse(eps_fn, diffusion, images, times, iterations)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def likelihood(model: JointModel, weights, images, targets):
     """p(target | image) [B] of clean uint8 images: the product of the answers' probabilities."""
@@ -105,25 +113,53 @@ def generate(
 
     ((weights, judge's weights), seeds, targets, scale, given) -> see `_generate`.
     """
-    sharding = by_row(mesh)
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    whole = replicated(mesh)
-    answers = model.num_classes * (2 if model.multi_label else 1)
+    whole, (images, targets, scale) = replicated(mesh), _asked(model, mesh, rows)
     lowered = jax.jit(_generate, static_argnums=(0, 1, 2, 3)).lower(
         model,
         judge,
         diffusion,
         method,
         (abstract_weights(model, whole), judge and abstract_weights(judge, whole)),
-        array(dtype=jnp.uint32),
-        array(answers),
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
-        None if method.start == "seed" else array(*image_shape(model)),
+        jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=by_row(mesh)),
+        targets,
+        scale,
+        None if method.start == "seed" else images,
     )
     return lowered.compile()
+
+
+@functools.cache
+def invert(
+    model: JointModel,
+    diffusion: Diffusion,
+    method: Method,
+    iterations: int,
+    mesh: Mesh,
+    rows: int,
+) -> jax.stages.Compiled:
+    """The program that takes a batch of `rows` images over the mesh back to their noise.
+
+    (weights, images float32, targets, scale) -> x_T float32 [B, H, W, C].
+    """
+    lowered = jax.jit(_invert, static_argnums=(0, 1, 2, 3)).lower(
+        model,
+        diffusion,
+        method,
+        iterations,
+        abstract_weights(model, replicated(mesh)),
+        *_asked(model, mesh, rows),
+    )
+    return lowered.compile()
+
+
+def _asked(model: JointModel, mesh: Mesh, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of images, targets and scale of a batch of `rows`, laid out as programs want."""
+    by, answers = by_row(mesh), model.num_classes * (2 if model.multi_label else 1)
+    return (
+        jax.ShapeDtypeStruct((rows, *image_shape(model)), jnp.float32, sharding=by),
+        jax.ShapeDtypeStruct((rows, answers), jnp.float32, sharding=by),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
+    )
 
 
 def pad(x: np.ndarray, rows: int) -> np.ndarray:

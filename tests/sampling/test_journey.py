@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import jdm
+from jdm.mesh import local_mesh
+from jdm.sampling import programs
 from jdm.sampling.journey import _arc
+from jdm.sampling.request import Method
 
 
 def test_the_arc_ends_where_it_should_and_is_as_long_all_the_way():
@@ -73,6 +76,17 @@ def test_an_edit_depends_on_its_image_and_seed_alone(joint, assert_same_images):
     floats = jdm.edit(joint, images / 127.5 - 1, [1], seeds=[5, 6, 7, 8], **options)
     assert_same_images(floats.images, whole.images)
     assert whole.settings["strength"] == 0.5 and len(np.unique(whole.images, axis=0)) == 4
+
+
+def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
+    whole = jdm.invert(joint, images, steps=3, iterations=2)
+    assert "at a time" not in capsys.readouterr().err
+    program = programs.invert(joint.model, joint.diffusion, Method(steps=3), 2, local_mesh(), 8)
+    monkeypatch.setattr(programs, "free_memory", lambda device: programs.needed(program) - 1)
+    parts = jdm.invert(joint, images, steps=3, iterations=2)
+    assert "8 images a device would need" in capsys.readouterr().err
+    np.testing.assert_allclose(parts, whole, atol=1e-4 * abs(whole).max())
 
 
 @pytest.mark.parametrize(

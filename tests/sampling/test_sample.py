@@ -34,19 +34,26 @@ def test_image_depends_on_its_seed_alone(joint):
     assert (one.images[0] != one.images[1]).any()
 
 
-def test_eight_devices_give_the_images_of_one(tiny, joint, assert_same_images):
+def test_eight_devices_give_the_images_and_the_noise_of_one(
+    tiny, joint, assert_same_images, tmp_path
+):
     code = f"""
-import jax, numpy as np, jdm
+import sys, jax, numpy as np, jdm
 assert jax.device_count() == 8
-samples = jdm.sample({str(tiny)!r}, seeds=range(20), labels=[3], guidance="representation", steps=3)
-np.save(__import__("sys").argv[1], samples.images)
+joint = jdm.load({str(tiny)!r})
+samples = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
+noise = jdm.invert(joint, samples.images, steps=3, iterations=2)
+np.savez(sys.argv[1], images=samples.images, noise=noise)
 """
-    path = tiny / "eight.npy"
+    path = tmp_path / "eight.npz"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags}
     subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True)
     one = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
-    assert_same_images(np.load(path), one.images)
+    with np.load(path) as eight:
+        assert_same_images(eight["images"], one.images)
+        noise = jdm.invert(joint, eight["images"], steps=3, iterations=2)
+        np.testing.assert_allclose(eight["noise"], noise, atol=1e-4 * abs(noise).max())
 
 
 def test_pixel_guidance_follows_the_classifier_it_is_given(joint, assert_same_images):
