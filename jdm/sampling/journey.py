@@ -96,6 +96,7 @@ def invert(
     """
     joint = opened(joint)
     images = check_images(joint, images)
+    _check_some(images)
     check_numbers(Integral, iterations=iterations)
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
@@ -139,6 +140,7 @@ def edit(
     """
     model, joint = named(joint), opened(joint)
     images = check_images(joint, images)
+    _check_some(images)
     check_numbers(Real, strength=strength)
     _check_options("edit", options)
     if not 0 < strength <= 1:
@@ -166,6 +168,12 @@ def _check_options(function: str, options: dict[str, Any]) -> None:
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def _check_some(images: np.ndarray) -> None:
+    """Raises ValueError where there is no image to start from."""
+    if not len(images):
+        raise ValueError("images are none; there must be at least 1")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

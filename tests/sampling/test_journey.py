@@ -101,6 +101,8 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
         (lambda j, x: jdm.invert(j, x, iterations=0), "^iterations=0"),
         (lambda j, x: jdm.invert(j, x, steps=51), "^steps=51"),
         (lambda j, x: jdm.invert(j, x[..., :4, :, :]), "^images have the shape"),
+        (lambda j, x: jdm.invert(j, x[:0]), "^images are none; there must be at least 1$"),
+        (lambda j, x: jdm.edit(j, x[:0], [1]), "^images are none; there must be at least 1$"),
         (lambda j, x: jdm.edit(j, x, [1], strength=0.0), r"^strength=0.0 must lie in \(0, 1\]"),
         (lambda j, x: jdm.edit(j, x, [1], strength=1.5), "^strength=1.5"),
         (lambda j, x: jdm.edit(j, x, [1], strength=0.5, steps=26), "^steps=26 .*are left, 25$"),
