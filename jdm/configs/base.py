@@ -1,0 +1,132 @@
+"""Every key of a config: its default, what it does, and what is allowed.
+
+A config file starts from `get_config()` and changes some values. The sections are read by: model,
+jdm.nn.model.JointModel; diffusion, jdm.diffusion.process.Diffusion; loss,
+jdm.training.loss.JointLoss; optim, jdm.training.build.make_optimiser; the others, jdm.trainer.
+
+A checkpoint is tied to its model, diffusion and loss. The section exec, which says how they are
+computed, may differ whenever a run is resumed or a model is loaded.
+"""
+
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jdm import names
+from jdm.options import (
+    CLASSES,
+    DIFFERENT,
+    FRACTION,
+    LEVELS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SIDES,
+    Option,
+)
+
+VERSION = 1  # of the keys; jdm.config.migrate converts older configs
+
+_resumable = functools.partial(Option, resumable=True)  # a key that a resumed run may change
+
+KEYS: dict[str, Option | dict[str, Option]] = dict(
+    version=Option(VERSION, "of these keys; older configs are migrated when they are read"),
+    seed=Option(0, "of the initial weights, the order of images and all random draws", SEED),
+    data=dict(
+        name=Option("digits", "see `jdm data list`", names=names.DATASETS, folder=True),
+        dir=_resumable("", 'of prepared data; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets'),
+        cache_dir=_resumable("", 'of decoded images; "" is a folder in dir'),
+        workers=_resumable(
+            0, "processes that decode each image when it is read; 0: decode once", NOT_NEGATIVE
+        ),
+        batch_size=Option(64, "over all devices of all hosts", POSITIVE),
+        validation=Option(0.05, "share of train, if there is no validation split", FRACTION),
+        classes=Option((), "to keep, in the order of their new labels; () is all", CLASSES),
+        limit=Option(0, "most training images, balanced over classes; 0 is all", NOT_NEGATIVE),
+        labelled_fraction=Option(1.0, "of the training labels; the others are hidden", SHARE),
+        labelled_per_class=Option(0, "number kept in each class; 0: not used", NOT_NEGATIVE),
+        unlabelled=Option("", "a data set added without labels", names=names.DATASETS, folder=True),
+    ),
+    model=dict(
+        image_size=Option(8, "height and width in pixels", POSITIVE),
+        image_channels=Option(1, "1 (grey) or 3 (RGB)", POSITIVE),
+        num_classes=Option(10, "number of classes, or of attributes with multi_label", POSITIVE),
+        multi_label=Option(False, "whether the classes are independent attributes"),
+        channels=Option(32, "of the first level", POSITIVE),
+        multipliers=Option((1, 2), "of channels, one for each level", LEVELS),
+        blocks=Option(2, "residual blocks of each level", POSITIVE),
+        attention=Option((4,), "side lengths of the feature maps that get attention", SIDES),
+        heads=Option(4, "of each attention layer", POSITIVE),
+        dropout=Option(0.1, "of the residual blocks", FRACTION),
+        learned_variance=Option(False, "whether the output includes the reverse step's variance"),
+        resample=Option("conv", "how resolution changes between levels", names=names.RESAMPLES),
+        attention_order=Option("head_first", "qkv channel layout", names=names.ATTENTION_ORDERS),
+        head=Option("normalised", "the classifier", names=names.HEADS),
+        head_time=Option("raw", "time given to the head: t or always 0", names=names.HEAD_TIMES),
+        head_width=Option(128, "of the hidden layer; not for the published head", POSITIVE),
+        head_dropout=Option(0.3, "of the head", FRACTION),
+    ),
+    diffusion=dict(
+        steps=Option(1000, "T, the number of noise levels", POSITIVE),
+        schedule=Option("linear", "of the noise levels", names=names.SCHEDULES),
+        prediction=Option("eps", "the quantity that the network predicts", names=names.PREDICTIONS),
+        variance=Option("fixed_large", "of a reverse step", names=names.VARIANCES),
+    ),
+    loss=dict(
+        terms=Option(("diffusion", "classifier"), "to train with", DIFFERENT, names=names.TERMS),
+        kind=Option("mse", "the diffusion term: mean square or bound", names=names.LOSS_KINDS),
+        weight=Option(0.1, "lambda, of the classifier's cross-entropy", NOT_NEGATIVE),
+        classify=Option("both", "the images the classifier is trained on", names=names.CLASSIFIED),
+        classify_after=Option(0, "the step from which the classifier is trained", NOT_NEGATIVE),
+        augment=Option("none", "of the classifier's clean images", names=names.POLICIES),
+        min_snr_gamma=Option(0.0, "0: every noise level has the same weight", NOT_NEGATIVE),
+        variance_weight=Option(0.001, "of the bound, where the variance is learned", NOT_NEGATIVE),
+    ),
+    optim=dict(
+        lr=Option(1e-4, "peak learning rate of AdamW", POSITIVE),
+        schedule=Option("constant", "learning rate after the warm-up", names=names.LR_SCHEDULES),
+        warmup_steps=Option(0, "in which the learning rate rises from 0", NOT_NEGATIVE),
+        weight_decay=Option(0.0, "of AdamW", NOT_NEGATIVE),
+        clip_norm=Option(1.0, "the gradient's largest global norm; 0: not clipped", NOT_NEGATIVE),
+        b1=Option(0.9, "of AdamW", FRACTION),
+        b2=Option(0.999, "of AdamW", FRACTION),
+    ),
+    train=dict(
+        steps=_resumable(1000, "of the optimiser", POSITIVE),
+        ema_decay=Option(0.999, "of the EMA of the weights", FRACTION),
+        ema_warmup=Option(True, "smaller decay in the first steps"),
+        t_sampler=Option("uniform", "how noise levels are drawn", names=names.T_SAMPLERS),
+        init_from=Option("", 'a work folder, or "digits": initial weights, where they fit'),
+    ),
+    exec=dict(
+        dtype=_resumable("float32", "of the computation; weights are float32", names=names.DTYPES),
+        remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
+        accumulate=_resumable(1, "parts of a batch, processed one after the other", POSITIVE),
+    ),
+    # Intervals in steps; 0 is never. The last step logs, evaluates and saves in any case.
+    log=dict(every=_resumable(100, "steps between rows of metrics", NOT_NEGATIVE)),
+    eval=dict(
+        every=_resumable(1000, "steps between evaluations", NOT_NEGATIVE),
+        metrics=_resumable(("classification",), "evaluators", DIFFERENT, names=names.EVALUATORS),
+        batch_size=_resumable(256, "of the evaluation", POSITIVE),
+        split=_resumable("validation", "the split to evaluate on", names=names.SPLITS),
+    ),
+    checkpoint=dict(
+        every=_resumable(1000, "steps between checkpoints", NOT_NEGATIVE),
+        keep=_resumable(3, "checkpoints to keep", POSITIVE),
+    ),
+)
+
+
+def get_config() -> ConfigDict:
+    """A config of all keys with their defaults."""
+
+    def defaults(keys: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: defaults(one) if isinstance(one, dict) else one.default
+            for name, one in keys.items()
+        }
+
+    return ConfigDict(defaults(KEYS))

@@ -1,0 +1,127 @@
+"""Method: every option of sampling, declared once.
+
+The flags of `jdm sample`, the signature and docstring of `jdm.sample`, the settings that are saved
+with images, and the table in docs/sampling.md are all generated from the fields of `Method`. Which
+options a sampler or a guidance uses is in its record (jdm.diffusion.samplers, .guidance). This
+module does not import JAX, so that flags can be checked before JAX is imported.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Container, Mapping
+from typing import Any
+
+from jdm import names
+from jdm.errors import InvalidValue
+from jdm.options import ANYTHING, COUNT, FLOAT32, NUMBER, POSITIVE, TUPLE, UNIT, Option
+
+
+def _field(default: Any, help: str, rule=ANYTHING, **facts: Any) -> Any:
+    option = Option(default, help, rule, **facts)
+    return dataclasses.field(default=default, metadata={"option": option})
+
+
+@typing.no_type_check  # of the tests' run-time checker, so that Option.check reports wrong types
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How images are sampled. Raises InvalidValue for a wrong type, name or range of an option."""
+
+    sampler: str = _field("ddim", "the algorithm of each denoising step", names=names.SAMPLERS)
+    steps: int | str = _field(
+        50, "number of timesteps, or of those in each section, such as 10,10,20", kind=COUNT
+    )
+    spacing: str = _field("uniform", "how the visited timesteps are spaced", names=names.SPACINGS)
+    eta: float = _field(0.0, "noise of ddim: 0 is deterministic, 1 as noisy as ancestral", UNIT)
+    threshold: str = _field(
+        "static",
+        "how estimates of the clean image are brought into [-1, 1]: clipped (static), scaled down "
+        "(dynamic), or not at all (none)",
+        names=names.THRESHOLDS,
+    )
+    guidance: str = _field("none", "what steers samples toward their labels", names=names.GUIDANCE)
+    scale: float | None = _field(
+        None,
+        "strength of the guidance; positive is toward the label, negative away from it",
+        FLOAT32,
+        kind=NUMBER,
+        unset="that of the guidance",
+    )
+    scale_schedule: str = _field(
+        "constant", "how the scale changes from noise to image", names=names.SCALE_SCHEDULES
+    )
+    blocks: tuple[str, ...] | None = _field(
+        None, "blocks of the perturbed features, such as mid,encoder_1_0", kind=TUPLE, unset="all"
+    )
+    inner_steps: int = _field(1, "number of steps of each feature perturbation", POSITIVE)
+
+    def __post_init__(self):
+        for name, option in OPTIONS.items():
+            option.check(name, getattr(self, name))
+
+    def settings(self) -> dict[str, Any]:
+        """The options and their values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return values | {"blocks": None if self.blocks is None else list(self.blocks)}
+
+    def changed(self) -> set[str]:
+        """The names of the options that differ from their defaults."""
+        return {name for name, option in OPTIONS.items() if getattr(self, name) != option.default}
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(Method)}
+
+
+def check_takes(method: Method, chooser: str, records: Mapping[str, Any]) -> None:
+    """Raises InvalidValue for an option that the chosen sampler or guidance does not use, but
+    another does. chooser: "sampler" or "guidance". records: SAMPLERS or GUIDANCE."""
+    chosen = getattr(method, chooser)
+    for name in sorted(method.changed() - set(records[chosen].takes)):
+        takers = [other for other, record in records.items() if name in record.takes]
+        if takers:
+            allowed = f"goes with {chooser} {' or '.join(takers)}, not {chosen!r}"
+            raise InvalidValue(name, getattr(method, name), allowed)
+
+
+def method_of(method: Method | None, options: dict[str, Any]) -> Method:
+    """`method` with these options replaced; numbers may be NumPy's, and `blocks` a list. Raises
+    TypeError for a name that is not an option, InvalidValue for a wrong value."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+    plain = {name: plain_number(value) for name, value in options.items()}
+    if isinstance(plain.get("blocks"), list):
+        plain["blocks"] = tuple(plain["blocks"])
+    return dataclasses.replace(method or Method(), **plain)
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy or JAX scalar as a Python number, for JSON; anything else unchanged."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def describe(without: Container[str] = ()) -> str:
+    """One line for each option, for a docstring. without: names to leave out."""
+    kept = {name: option for name, option in OPTIONS.items() if name not in without}
+    return "\n".join(
+        f"{name}: {option.help} ({_default(option)})." for name, option in kept.items()
+    )
+
+
+def help_of(name: str) -> str:
+    """The help of an option's flag."""
+    option = OPTIONS[name]
+    allowed = f"; {option.allowed}" if option.names else ""
+    return f"{option.help}{allowed} ({_default(option)})"
+
+
+def table() -> str:
+    """The options as a table in Markdown, for docs/sampling.md."""
+    rows = [
+        f"| `{name}` | {_default(option)} | {option.allowed} | {option.help} |"
+        for name, option in OPTIONS.items()
+    ]
+    return "\n".join(["| option | default | allowed | what it is |", "|---|---|---|---|", *rows])
+
+
+def _default(option: Option) -> str:
+    return option.unset if option.default is None else str(option.default)

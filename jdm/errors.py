@@ -1,0 +1,44 @@
+"""The errors that users see.
+
+`InvalidValue` is about a value that the user gave and can change. It carries the parameter, the
+value and what is allowed, so that the command line can name the flag instead of the parameter.
+`Failure` is about something that checking the arguments could not foresee: a disk that is full, a
+file that is damaged, a loss that is not finite.
+"""
+
+from typing import Any
+
+NO_VALUE: Any = object()  # for an InvalidValue whose sentence names no single value
+
+
+class InvalidValue(ValueError):
+    """An argument, flag or config key whose value is not allowed; `str` of it is one sentence.
+
+    parameter: the name of a Python argument ("steps"), or the full name of a config key
+    ("config.optim.lr"). value: what was given, or NO_VALUE. allowed: the rest of a sentence that
+    begins with the parameter and its value: "must be positive". hint: advice, added to the
+    sentence. details: further lines, which the command line prints before the sentence.
+    """
+
+    def __init__(
+        self, parameter: str, value: Any, allowed: str, hint: str = "", details: tuple = ()
+    ):
+        super().__init__(parameter, value, allowed, hint, details)
+        self.parameter, self.value, self.allowed = parameter, value, allowed
+        self.hint, self.details = hint, details
+
+    def sentence(self, name: str) -> str:
+        """The sentence, with this name for the parameter."""
+        value = "" if self.value is NO_VALUE else f"={self.value!r}"
+        return f"{name}{value} {self.allowed}" + (f"; {self.hint}" if self.hint else "")
+
+    def __str__(self) -> str:
+        return self.sentence(self.parameter)
+
+    def about(self, parameter: str) -> "InvalidValue":
+        """The same error with another parameter, such as the flag that set a config key."""
+        return InvalidValue(parameter, self.value, self.allowed, self.hint, self.details)
+
+
+class Failure(RuntimeError):
+    """Something went wrong that no check of the arguments could foresee; one sentence."""

@@ -1,0 +1,135 @@
+"""Option: the default, the help and the allowed values of a config key or an option of sampling.
+
+Config keys are declared in jdm.configs.base, options of sampling in jdm.diffusion.method. Flags,
+checks, signatures and tables of the documentation are generated from these declarations.
+"""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from jdm.errors import InvalidValue
+from jdm.names import FOLDER, Names, check_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A condition on values. words: in words, "positive". holds: value -> bool."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ANYTHING = Rule("anything", lambda v: True)
+POSITIVE = Rule("positive", lambda v: v > 0)
+NOT_NEGATIVE = Rule("0 or more", lambda v: v >= 0)
+FRACTION = Rule("at least 0 and below 1", lambda v: 0 <= v < 1)
+SHARE = Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
+FLOAT32 = Rule("finite as float32", lambda v: abs(v) <= 3.4028234e38)
+UNIT = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
+SEED = Rule("between 0 and 2147483647", lambda v: 0 <= v < 2**31)
+SIDES = Rule("positive whole numbers", lambda v: all(isinstance(s, int) and s > 0 for s in v))
+LEVELS = Rule("one or more positive whole numbers", lambda v: len(v) > 0 and SIDES.holds(v))
+DIFFERENT = Rule("one or more different names", lambda v: len(set(v)) == len(v) > 0)
+CLASSES = Rule(
+    "two or more different whole numbers from 0 up, or ()",
+    lambda v: all(isinstance(c, int) and c >= 0 for c in v) and len(set(v)) == len(v) != 1,
+)
+
+
+def _tuple(text: str) -> tuple:
+    """ "(1, 2)", "1,2" or "a,b"; "()" and "" are empty."""
+    if not text.strip():
+        return ()
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return tuple(part.strip() for part in text.split(","))
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The type of an option. words: its name in errors. accepts: value -> bool. read: text ->
+    value."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[str], Any]
+
+
+WHOLE = Kind("a whole number", lambda v: isinstance(v, Integral) and not isinstance(v, bool), int)
+NUMBER = Kind("a number", lambda v: isinstance(v, Real) and not isinstance(v, bool), float)
+TRUTH = Kind(
+    "True or False",
+    lambda v: isinstance(v, bool),
+    lambda text: {"true": True, "false": False}[text.lower()],
+)
+TEXT = Kind("text", lambda v: isinstance(v, str), str)
+TUPLE = Kind("a list", lambda v: isinstance(v, tuple), _tuple)
+COUNT = Kind(
+    "a whole number, or section counts such as 10,10,20",
+    lambda v: WHOLE.accepts(v) or TEXT.accepts(v),
+    lambda text: int(text) if text.isdecimal() else text,
+)
+_KINDS = {int: WHOLE, float: NUMBER, bool: TRUTH, str: TEXT, tuple: TUPLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option.
+
+    help: one line. rule: the condition on its value. names: the closed set of its value or, for a
+    tuple, of each entry. folder: whether "", and "folder:" with a path, are allowed besides names.
+    kind: its type; None is the type of the default. resumable: whether a resumed run may change the
+    value; for config keys. unset: how the help describes the default None.
+    """
+
+    default: Any
+    help: str
+    rule: Rule = ANYTHING
+    names: Names | None = None
+    folder: bool = False
+    kind: Kind | None = None
+    resumable: bool = False
+    unset: str = ""
+
+    @property
+    def type(self) -> Kind:
+        return self.kind or _KINDS[type(self.default)]
+
+    def check(self, parameter: str, value: Any) -> None:
+        """Raises InvalidValue for a value that is not allowed. parameter: its name in the error."""
+        if value is None and self.default is None:
+            return
+        if not self.type.accepts(value):
+            raise InvalidValue(parameter, value, f"must be {self.type.words}")
+        if isinstance(value, Real) and not math.isfinite(value):
+            raise InvalidValue(parameter, value, "must be finite")
+        for one in value if isinstance(value, tuple) else (value,):
+            folder = self.folder and one.startswith(FOLDER)
+            if self.names and one != self.default and not folder:
+                check_name(parameter, one, self._known)
+        if not self.rule.holds(value):
+            raise InvalidValue(parameter, value, f"must be {self.rule.words}")
+
+    def read(self, parameter: str, text: str) -> Any:
+        """The value that a text stands for. Raises InvalidValue for a text of another type."""
+        try:
+            return self.type.read(text)
+        except (ValueError, KeyError):
+            raise InvalidValue(parameter, text, f"must be {self.type.words}") from None
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, for help and tables; "" where everything is."""
+        if self.names:
+            return ", ".join(self._known)
+        return "" if self.rule is ANYTHING else self.rule.words
+
+    @property
+    def _known(self) -> list[str]:
+        return [*(self.names or ()), *([f"{FOLDER}/path"] if self.folder else [])]

@@ -1,0 +1,38 @@
+"""Pytrees compared by the names of their arrays, for errors that say what does not fit."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Difference(NamedTuple):
+    """An array that two trees do not share. path: "unet/stem/kernel". wanted, found: "float32[3, 3,
+    1, 8]", or "nothing"."""
+
+    path: str
+    wanted: str
+    found: str
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of a pytree, with paths such as "params/unet/stem/kernel"."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def describe(leaf: Any) -> str:
+    """The dtype and shape of an array; "nothing" of None. A PRNG key is described by its data."""
+    if leaf is None:
+        return "nothing"
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def differences(wanted: Any, found: Any) -> list[Difference]:
+    """Every array that differs in shape or dtype, or is missing in one of two pytrees."""
+    wanted, found = leaves(wanted), leaves(found)
+    pairs = [
+        (path, describe(wanted.get(path)), describe(found.get(path))) for path in wanted | found
+    ]
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
