@@ -1,9 +1,9 @@
-"""The diffusion process: schedules, tables, and every conversion between its quantities.
+"""The diffusion process: noise schedules, and the conversions between x_0, x_t, eps and v.
 
-Owns the closed forms and the one map between pixels and the numbers the network sees. Knows no
-network: what a network returned comes in as an array.
+It owns these closed forms, and the conversion between pixels and floats. It contains no network:
+the raw output of one is an argument here.
 
-With abar_t = prod_{s <= t} (1 - beta_s), t in [0, T), 0 = least noisy:
+With abar_t = prod_{s <= t} (1 - beta_s), t in [0, T), where t = 0 is the least noisy level:
 
 (1)  q(x_t | x_0)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps         Ho et al. 2020, eq. 4
 (2)  posterior     q(x_s | x_t, x_0) is Gaussian, s < t                  Ho et al. 2020, eq. 6-7
@@ -15,142 +15,161 @@ With abar_t = prod_{s <= t} (1 - beta_s), t in [0, T), 0 = least noisy:
 (6)  min-SNR       S = abar_t / (1 - abar_t), weights min(S, gamma) / S for eps,
                    min(S, gamma) for x0, min(S, gamma) / (S + 1) for v   Hang et al. 2023
 
-Tables are computed in float64 and cast to float32 where they are used.
+Tables are computed in float64 and converted to float32 where they are used.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
-Images = Float[Array, "b h w c"]
-Times = Int[Array, " b"]
+from jdm import names
+from jdm.arrays import Images, Times
+from jdm.errors import InvalidValue
+
+Pixels = UInt8[Array, "b h w c"]
+PerImage = Float[Array, "b 1 1 1"]
+Table = Float[np.ndarray, " T"]  # float64, one entry for each t
 
 
 class Estimate(NamedTuple):
-    """What a network knows at (x_t, t): all that a sampler or a guidance ever sees of it.
-
-    eps: the noise estimate [B, H, W, C]. log_variance: of the reverse step from t to t - 1,
-    [B, H, W, C], or None where the network does not learn it.
-    """
+    """What samplers and guidance see of a network's output at (x_t, t): the noise estimate, and the
+    log variance of the reverse step from t to t - 1, None where it is not learned; [B, H, W, C]."""
 
     eps: Images
     log_variance: Images | None = None
 
 
 class Level(NamedTuple):
-    """A noise level: abar, and noise = 1 - abar, each to the last digit it has room for.
-
-    Near the image 1 - abar would lose a thousandth of itself if it were taken in float32.
-    """
+    """A noise level: abar, and the variance of its noise, 1 - abar; both float32. Near the clean
+    image, 1 - abar computed from a float32 abar would have a relative error of about 0.1 %."""
 
     abar: Array
-    noise: Array
+    variance: Array
 
     @classmethod
     def of(cls, abar: np.ndarray | float) -> "Level":
-        """The levels of abar in float64, as float32."""
+        """The levels of float64 values of abar."""
         return cls(jnp.asarray(abar, jnp.float32), jnp.asarray(1 - abar, jnp.float32))
 
 
 def _beta(at_t: Level, at_s: Level) -> Array:
-    """1 - abar_t / abar_s, of the step from s to t, with its digits at either end of the chain."""
-    return at_t.noise - at_s.noise * (at_t.abar / at_s.abar)
+    """beta of the step from s to t, 1 - abar_t / abar_s, accurate at both ends of the chain."""
+    return at_t.variance - at_s.variance * (at_t.abar / at_s.abar)
 
 
 def _posterior_scales(at_t: Level, at_s: Level) -> tuple[Array, Array]:
     """(c, d) of the mean c x_0 + d x_t of (2); exactly (1, 0) where s is the clean image."""
-    return (
-        jnp.sqrt(at_s.abar) * _beta(at_t, at_s) / at_t.noise,
-        jnp.sqrt(at_t.abar / at_s.abar) * at_s.noise / at_t.noise,
-    )
+    c = jnp.sqrt(at_s.abar) * _beta(at_t, at_s) / at_t.variance
+    return c, jnp.sqrt(at_t.abar / at_s.abar) * at_s.variance / at_t.variance
 
 
-def _linear(first: float, last: float) -> Callable[[int], np.ndarray]:
-    """Betas from first·s to last·s, s = 1000/T, so that any T ends at about the same abar."""
-
-    def betas(steps: int) -> np.ndarray:
-        if steps < 10:  # so few steps need betas ten times larger to arrive at noise
-            scale = 100 / steps
-            return np.linspace(0.01 * scale, 0.02 * scale, steps, dtype=np.float64)
-        scale = 1000 / steps
-        return np.linspace(first * scale, last * scale, steps, dtype=np.float64)
-
-    return betas
+def _linear(steps: int, first: float, last: float) -> Table:
+    """Betas from first·s to last·s, s = 1000/T, so that abar_{T-1} is about the same for any T."""
+    scale = 1000 / steps
+    if steps < 10:  # smaller betas, since last·s would exceed 1
+        scale, first, last = 100 / steps, 0.01, 0.02
+    return np.linspace(first * scale, last * scale, steps, dtype=np.float64)
 
 
-def _cosine(steps: int) -> np.ndarray:
+def _cosine(steps: int) -> Table:
     """Nichol & Dhariwal 2021, eq. 17: abar(u) = cos²(pi/2 · (u + 0.008) / 1.008), u = t / T."""
     abar = np.cos((np.linspace(0, 1, steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
-    "linear": _linear(0.001, 0.02),  # the published joint model's
-    "linear_ddpm": _linear(0.0001, 0.02),  # Ho et al. 2020, section 4
-    "cosine": _cosine,
-}
-
-# What the network's raw output stands for: (raw, xt, a, b, c, d) -> eps, where (1) is
-# x_t = a x_0 + b eps, and the mean of q(x_{t-1} | x_t, x_0), the target of "previous", is
-# c x_0 + d x_t (2); at t = 0 that mean is x_0.
-PREDICTIONS: dict[str, Callable[..., Array]] = {
-    "eps": lambda raw, xt, a, b, c, d: raw,
-    "x0": lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
-    "v": lambda raw, xt, a, b, c, d: a * raw + b * xt,  # (3)
-    "previous": lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
-}
-
-# The same as regression targets: (x0, eps, a, b, c, d) -> target.
-TARGETS: dict[str, Callable[..., Array]] = {
-    "eps": lambda x0, eps, a, b, c, d: eps,
-    "x0": lambda x0, eps, a, b, c, d: x0,
-    "v": lambda x0, eps, a, b, c, d: a * eps - b * x0,
-    "previous": lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
-}
-
-# (6): the weight of the squared error of each target: (SNR, gamma) -> weight. The error of
-# "previous" is that of x_0 times c², a steep weighting of the noise levels in itself: (6) has none.
-MIN_SNR_WEIGHTS: dict[str, Callable[..., Array]] = {
-    "eps": lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
-    "x0": lambda snr, gamma: jnp.minimum(snr, gamma),
-    "v": lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
-}
-
-VARIANCES = ("fixed_small", "fixed_large", "learned")
+SCHEDULES: dict[str, Callable[[int], Table]] = names.SCHEDULES.records(  # T -> betas
+    {
+        "linear": functools.partial(_linear, first=0.001, last=0.02),  # Deja et al. 2023
+        "linear_ddpm": functools.partial(_linear, first=0.0001, last=0.02),  # Ho et al. 2020
+        "cosine": _cosine,
+    }
+)
 
 
-def pick(name: str, value: str, known) -> str:
-    """value, if it is one of the known; else one sentence that names the key and lists them."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(known)}")
-    return value
+class Prediction(NamedTuple):
+    """What a network predicts: the meaning of its raw output.
+
+    a, b are the coefficients of (1), x_t = a x_0 + b eps; c, d those of the posterior mean of (2)
+    for s = t - 1, c x_0 + d x_t. to_eps: (raw, xt, a, b, c, d) -> eps. target: (x0, eps, a, b, c,
+    d) -> the regression target of the raw output. min_snr: (SNR, gamma) -> the weight (6) of its
+    squared error, or None where (6) defines none. perturbation: the step size r of the feature
+    perturbation in representation guidance (14a), as a share of the features' norm; positive is
+    along the classifier's gradient.
+    """
+
+    to_eps: Callable[..., Array]
+    target: Callable[..., Array]
+    min_snr: Callable[[Array, float], Array] | None
+    perturbation: float
+
+
+# The perturbations were chosen on models trained on the digits data set. Samples had the requested
+# class more often with a long step for eps and with a short one for v; for x0 it hardly mattered.
+PREDICTIONS: dict[str, Prediction] = names.PREDICTIONS.records(
+    {
+        "eps": Prediction(
+            to_eps=lambda raw, xt, a, b, c, d: raw,
+            target=lambda x0, eps, a, b, c, d: eps,
+            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
+            perturbation=-1.0,
+        ),
+        "x0": Prediction(
+            to_eps=lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
+            target=lambda x0, eps, a, b, c, d: x0,
+            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
+            perturbation=0.5,
+        ),
+        "v": Prediction(  # (3)
+            to_eps=lambda raw, xt, a, b, c, d: a * raw + b * xt,
+            target=lambda x0, eps, a, b, c, d: a * eps - b * x0,
+            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
+            perturbation=-0.05,
+        ),
+        "previous": Prediction(  # the posterior mean; its error is c times that of x_0
+            to_eps=lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
+            target=lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
+            min_snr=None,
+            perturbation=0.5,
+        ),
+    }
+)
+
+# The log variance of a reverse step: (log beta~, log beta) -> one of the two, as tables or arrays.
+# None where the network learns it (4).
+VARIANCES: dict[str, Any] = names.VARIANCES.records(
+    {
+        "fixed_small": lambda small, large: small,
+        "fixed_large": lambda small, large: large,
+        "learned": None,
+    }
+)
 
 
 def pixels_to_float(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-    """uint8 pixels to float32 in [-1, 1]. THE pixel map; float_to_pixels is its inverse."""
+    """uint8 to float32 in [-1, 1], x / 127.5 - 1; float_to_pixels is the inverse."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def float_to_pixels(x: Float[Array, "*b h w c"]) -> UInt8[Array, "*b h w c"]:
-    """Floats to uint8 pixels, round((x + 1) · 127.5); what lies outside [-1, 1] is clipped."""
+    """Floats to uint8, round((x + 1) · 127.5); values outside [-1, 1] are clipped."""
     return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """A schedule of T steps and what the network predicts under it.
+    """A diffusion process of T noise levels, and the meaning of the network's raw output.
 
-    steps: T. schedule: one of SCHEDULES. prediction: what the network's raw output is, one of
-    PREDICTIONS. variance: of the reverse step, one of VARIANCES; "learned" takes it from the
-    second half of the output channels (4).
+    steps: T. schedule: of the betas, one of SCHEDULES. prediction: one of PREDICTIONS. variance: of
+    the reverse step, one of VARIANCES; "learned" takes it from the second half of the output
+    channels (4).
 
-    Raises ValueError for an unknown name, and for a schedule whose betas leave (0, 1).
+    Raises InvalidValue for an unknown name, for T < 1, and for betas outside (0, 1).
     """
 
     steps: int = 1000
@@ -159,62 +178,58 @@ class Diffusion:
     variance: str = "fixed_large"
 
     def __post_init__(self):
-        pick("diffusion.schedule", self.schedule, SCHEDULES)
-        pick("diffusion.prediction", self.prediction, PREDICTIONS)
-        pick("diffusion.variance", self.variance, VARIANCES)
+        names.check_name("config.diffusion.schedule", self.schedule, SCHEDULES)
+        names.check_name("config.diffusion.prediction", self.prediction, PREDICTIONS)
+        names.check_name("config.diffusion.variance", self.variance, VARIANCES)
         if self.steps < 1:
-            raise ValueError(f"diffusion.steps={self.steps} must be at least 1")
+            raise InvalidValue("config.diffusion.steps", self.steps, "must be at least 1")
         if not ((self.betas > 0) & (self.betas < 1)).all():
-            raise ValueError(
-                f"diffusion.steps={self.steps} makes betas of schedule {self.schedule!r} leave "
-                f"(0, 1): they run to {self.betas.max():.3g}; take more steps"
-            )
-
-    # Tables, numpy float64 [T].
+            found = f"has betas outside (0, 1) under schedule {self.schedule!r}"
+            hint = f"the largest is {self.betas.max():.3g}: take more steps"
+            raise InvalidValue("config.diffusion.steps", self.steps, found, hint)
 
     @functools.cached_property
-    def betas(self) -> np.ndarray:
+    def betas(self) -> Table:
         return SCHEDULES[self.schedule](self.steps)
 
     @functools.cached_property
-    def abar(self) -> np.ndarray:
+    def abar(self) -> Table:
         return np.cumprod(1 - self.betas)
 
     @functools.cached_property
-    def posterior_variance(self) -> np.ndarray:
+    def posterior_variance(self) -> Table:
         """beta~_t, the variance of (2) for s = t - 1; 0 at t = 0."""
         abar_prev = np.append(1.0, self.abar[:-1])
         return self.betas * (1 - abar_prev) / (1 - self.abar)
 
     @functools.cached_property
-    def small_log_variance(self) -> np.ndarray:
-        """log beta~_t; its value at 0 would be log 0 and is replaced by the one at 1."""
+    def small_log_variance(self) -> Table:
+        """log beta~_t; at t = 0, where it would be log 0, the value at t = 1."""
         variance = self.posterior_variance
         return np.log(np.append(variance[min(1, self.steps - 1)], variance[1:]).clip(1e-20))
 
     @functools.cached_property
-    def large_log_variance(self) -> np.ndarray:
-        """log beta_t, with the posterior's value at 0 as published."""
+    def large_log_variance(self) -> Table:
+        """log beta_t; at t = 0 the value of small_log_variance, as published."""
         return np.append(self.small_log_variance[0], np.log(self.betas[1:]))
 
-    def at(self, table: np.ndarray, t: Times) -> Float[Array, "b 1 1 1"]:
+    def at(self, table: Table, t: Times) -> PerImage:
         """table[t] as float32, shaped to broadcast over images."""
         return jnp.asarray(table, jnp.float32)[t][:, None, None, None]
 
-    def scales(self, t: Times) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
+    def scales(self, t: Times) -> tuple[PerImage, PerImage]:
         """(sqrt(abar_t), sqrt(1 - abar_t))."""
         return self.at(np.sqrt(self.abar), t), self.at(np.sqrt(1 - self.abar), t)
 
     def levels(self, t: Times) -> tuple[Level, Level]:
-        """The levels at t and at t - 1, which is the clean image at t = 0; [B, 1, 1, 1]."""
+        """The levels t and t - 1 (for t = 0 the clean image), as arrays [B, 1, 1, 1]."""
         before = np.append(1.0, self.abar[:-1])
-        return tuple(Level(self.at(x, t), self.at(1 - x, t)) for x in (self.abar, before))
+        here, below = (Level(self.at(x, t), self.at(1 - x, t)) for x in (self.abar, before))
+        return here, below
 
-    def posterior_scales(self, t: Times) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
+    def posterior_scales(self, t: Times) -> tuple[PerImage, PerImage]:
         """(c, d) of the mean c x_0 + d x_t of (2) for s = t - 1; (1, 0) at t = 0."""
         return _posterior_scales(*self.levels(t))
-
-    # Between x0, xt, eps and what the network predicts.
 
     def q_sample(self, x0: Images, t: Times, eps: Images) -> Images:
         """x_t given x_0 and the noise (1)."""
@@ -232,98 +247,85 @@ class Diffusion:
         return (xt - a * x0) / b
 
     def target(self, x0: Images, t: Times, eps: Images) -> Images:
-        """What the network's output is regressed on."""
-        return TARGETS[self.prediction](x0, eps, *self.scales(t), *self.posterior_scales(t))
+        """The regression target of the network's raw output."""
+        coefficients = *self.scales(t), *self.posterior_scales(t)
+        return PREDICTIONS[self.prediction].target(x0, eps, *coefficients)
 
     def loss_weight(self, t: Times, gamma: float) -> Float[Array, " b"]:
-        """Weight of the squared error at t: min-SNR (6), or 1 where gamma is 0."""
+        """Weight of the squared error at t: 1 where gamma is 0, else min-SNR (6). A prediction for
+        which (6) defines no weight allows gamma = 0 only."""
         if gamma == 0:
             return jnp.ones(t.shape)
-        snr = jnp.asarray(self.abar / (1 - self.abar), jnp.float32)[t]
-        return MIN_SNR_WEIGHTS[self.prediction](snr, gamma)
+        weight = PREDICTIONS[self.prediction].min_snr
+        assert weight is not None, self.prediction
+        return weight(jnp.asarray(self.abar / (1 - self.abar), jnp.float32)[t], gamma)
 
     def split(self, raw: Float[Array, "b h w c2"]) -> tuple[Array, Array | None]:
-        """The network's output into (its estimate, the variance values or None)."""
-        if self.variance == "learned":
-            mean, variance = jnp.split(raw, 2, axis=-1)
-            return mean, variance
-        return raw, None
+        """(the prediction, the learned variance values or None) of the raw output."""
+        if VARIANCES[self.variance] is not None:
+            return raw, None
+        prediction, variance = jnp.split(raw, 2, axis=-1)
+        return prediction, variance
 
     def estimate(self, raw: Float[Array, "b h w c2"], xt: Images, t: Times) -> Estimate:
-        """The network's raw output at (xt, t) as an Estimate: the one place where it becomes eps.
-
-        raw: [B, H, W, C], or [B, H, W, 2C] with learned variance.
-        """
-        mean, variance = self.split(raw)
-        eps = PREDICTIONS[self.prediction](mean, xt, *self.scales(t), *self.posterior_scales(t))
+        """The estimate that the raw output [B, H, W, C], or [B, H, W, 2C] with learned variance,
+        stands for. No other code converts raw outputs to eps."""
+        prediction, variance = self.split(raw)
+        coefficients = *self.scales(t), *self.posterior_scales(t)
+        eps = PREDICTIONS[self.prediction].to_eps(prediction, xt, *coefficients)
         if variance is None:
             return Estimate(eps)
         fraction = (variance + 1) / 2
         low, high = self.at(self.small_log_variance, t), self.at(np.log(self.betas), t)
         return Estimate(eps, fraction * high + (1 - fraction) * low)  # (4)
 
-    # The reverse step and the bound.
-
     def posterior_mean(self, x0: Images, xt: Images, at_t: Level, at_s: Level) -> Images:
-        """Mean of q(x_s | x_t, x_0) for any s < t (2); s may be the clean image, of abar 1.
-
-        at_t, at_s: broadcast against the images.
-        """
+        """Mean of q(x_s | x_t, x_0) for any s < t (2); s may be the clean image, abar = 1. The
+        levels broadcast against the images."""
         c, d = _posterior_scales(at_t, at_s)
         return c * x0 + d * xt
 
     def step_variance(self, at_t: Level, at_s: Level) -> Array:
         """Variance of q(x_s | x_t, x_0) (2); 0 where s is the clean image."""
-        return _beta(at_t, at_s) * at_s.noise / at_t.noise
+        return _beta(at_t, at_s) * at_s.variance / at_t.variance
 
     def log_variance(self, estimate: Estimate, t: Times, at_t: Level, at_s: Level) -> Array:
-        """Log variance of the reverse step from t to s, fixed or as the network estimates it.
-
-        For s = t - 1 these are the tables; for a longer step the same formulas over the shorter
-        chain, with a learned variance keeping its place between the two ends (4).
-        """
-        high = jnp.log(_beta(at_t, at_s))
-        low = jnp.log(jnp.maximum(self.step_variance(at_t, at_s), 1e-20))
-        if estimate.log_variance is not None:
-            one_low = self.at(self.small_log_variance, t)
-            # In float64: at the noisy end of a long chain the two are equal in float32.
-            gap = self.at(np.log(self.betas) - self.small_log_variance, t)
-            fraction = (estimate.log_variance - one_low) / gap
-            return fraction * high + (1 - fraction) * low
-        return low if self.variance == "fixed_small" else high
+        """Log variance of the reverse step from t to s, which may be longer than 1. Its beta and
+        beta~ are then not those of the tables; a learned variance keeps the fraction f of (4)."""
+        large = jnp.log(_beta(at_t, at_s))
+        small = jnp.log(jnp.maximum(self.step_variance(at_t, at_s), 1e-20))
+        if estimate.log_variance is None:
+            return VARIANCES[self.variance](small, large)
+        # Subtracted in float64: at the noisy end of a long chain, the two are equal in float32.
+        gap = self.at(np.log(self.betas) - self.small_log_variance, t)
+        fraction = (estimate.log_variance - self.at(self.small_log_variance, t)) / gap
+        return fraction * large + (1 - fraction) * small
 
     def bound(self, estimate: Estimate, x0: Images, xt: Images, t: Times) -> Float[Array, " b"]:
-        """One term of the variational bound (5) at t, in bits per dimension [B].
-
-        The decoder at t = 0 is a Gaussian integrated over each of the 256 pixel bins.
-        """
-        x0_estimate = self.x0_from_eps(xt, t, estimate.eps)
-        mean = self.posterior_mean(x0_estimate, xt, *self.levels(t))
+        """The term of the variational bound (5) at t, in bits per dimension [B]. p(x_0 | x_1) is a
+        Gaussian integrated over each of the 256 pixel bins."""
+        levels = self.levels(t)
+        mean = self.posterior_mean(self.x0_from_eps(xt, t, estimate.eps), xt, *levels)
         log_variance = estimate.log_variance
         if log_variance is None:
-            fixed = {"fixed_small": self.small_log_variance, "fixed_large": self.large_log_variance}
-            log_variance = self.at(fixed[self.variance], t)
-        true_mean = self.posterior_mean(x0, xt, *self.levels(t))
-        true_log_variance = self.at(self.small_log_variance, t)
-        divergence = 0.5 * (
-            log_variance
-            - true_log_variance
-            - 1
-            + jnp.exp(true_log_variance - log_variance)
-            + (true_mean - mean) ** 2 * jnp.exp(-log_variance)
-        )
-        likelihood = -_log_pixel_likelihood(x0, mean, 0.5 * log_variance)
-        nats = jnp.where((t == 0)[:, None, None, None], likelihood, divergence)
+            tables = self.small_log_variance, self.large_log_variance
+            log_variance = self.at(VARIANCES[self.variance](*tables), t)
+        error = self.posterior_mean(x0, xt, *levels) - mean
+        log_ratio = log_variance - self.at(self.small_log_variance, t)
+        divergence = log_ratio - 1 + jnp.exp(-log_ratio) + error**2 * jnp.exp(-log_variance)
+        likelihood = _log_pixel_likelihood(x0, mean, 0.5 * log_variance)
+        nats = jnp.where((t == 0)[:, None, None, None], -likelihood, 0.5 * divergence)
         return nats.mean(axis=(1, 2, 3)) / np.log(2)
 
 
 def _log_pixel_likelihood(x0: Images, mean: Images, log_scale: Array) -> Images:
-    """Log mass that N(mean, exp(log_scale)²) gives to the pixel bin around x0; ends are open."""
-    # Mirrored to below the mean where it lies above: there float32 tells the two apart.
+    """Log probability of the bin around x0, 2 / 255 wide, under N(mean, exp(log_scale)²). The bins
+    of the darkest and the brightest value extend to infinity."""
+    # Values above the mean are mirrored to below it: float32 resolves a cdf near 0, not near 1.
     sign = jnp.where(x0 > mean, -1, 1)
     centre, inverse = sign * (x0 - mean), jnp.exp(-log_scale)
-    upper = jax.scipy.stats.norm.cdf((centre + 1 / 255) * inverse)
-    lower = jax.scipy.stats.norm.cdf((centre - 1 / 255) * inverse)
+    cdf = jax.scipy.stats.norm.cdf
+    upper, lower = cdf((centre + 1 / 255) * inverse), cdf((centre - 1 / 255) * inverse)
     upper = jnp.where(sign * x0 > 0.999, 1.0, upper)
     lower = jnp.where(sign * x0 < -0.999, 0.0, lower)
     return jnp.log(jnp.maximum(upper - lower, 1e-12))

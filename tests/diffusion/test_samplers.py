@@ -1,8 +1,9 @@
 """jdm.diffusion.samplers on data whose best noise estimate is known: a Gaussian at each pixel.
 
-How fast errors fall with steps is tested in test_sampler_order.py, times in test_times.py.
+Orders of convergence are tested in test_sampler_order.py, times in test_times.py.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, Estimate
 from jdm.diffusion.samplers import (
     SAMPLERS,
     THRESHOLDS,
     image_noise,
+    initial_noise,
     reverse,
-    sample,
     timesteps,
 )
 
@@ -38,26 +40,22 @@ def make_keys(n: int):
     return jax.vmap(jax.random.key)(np.arange(n))
 
 
-def draw(eps_fn, diffusion, keys, shape=(2, 2, 1), options=None, **settings):
-    """`sample`, compiled whole; options: the compiler's."""
+def walk(eps_fn, diffusion, start, steps, trajectory=False, **options):
+    """`reverse` from start, compiled."""
+    times, keys, method = timesteps(diffusion, steps), make_keys(len(start)), Method(**options)
 
-    def whole(keys):
-        return sample(eps_fn, diffusion, keys, shape, **settings)
+    @jax.jit
+    def run(x):
+        return reverse(eps_fn, diffusion, x, keys, times, method, trajectory)
 
-    return np.asarray(jax.jit(whole, compiler_options=options)(keys))
-
-
-def walk(eps_fn, diffusion, start, steps, **settings):
-    """`reverse` from start, compiled whole."""
-    times, keys = timesteps(diffusion, steps), make_keys(len(start))
-    return jax.jit(lambda x: reverse(eps_fn, diffusion, x, keys, times, **settings))(start)
+    return run(start)
 
 
 noise_at = jax.jit(image_noise, static_argnums=2)
 
 
 def gaussian_eps(diffusion: Diffusion):
-    """E[eps | x_t] of that data, for the t the network is shown."""
+    """E[eps | x_t] of that data, at the t that the sampler passes."""
 
     def eps_fn(x, t):
         abar = diffusion.at(diffusion.abar, t)
@@ -67,22 +65,26 @@ def gaussian_eps(diffusion: Diffusion):
     return eps_fn
 
 
-def moments(case: str, total: int, steps: int, rows: int = 64, copies: int = 128):
-    """Mean and deviation at each pixel over rows · copies draws (the channels are copies)."""
-    name, eta, variance = CASES[case]
-    diffusion = Diffusion(total, variance=variance)
-    settings = dict(sampler=name, steps=steps, eta=eta, threshold="none")
-    if steps > 100:  # 33 million normal draws: worth optimising, unlike the rest of the tests
-        settings["options"] = {"xla_backend_optimization_level": 1}
-    images = draw(gaussian_eps(diffusion), diffusion, make_keys(rows), (2, 2, copies), **settings)
-    return (f(images, axis=(0, 3))[..., None] for f in (np.mean, np.std))
+@pytest.fixture
+def moments(draw):
+    """moments(case, total, steps) -> mean and deviation at each pixel over 8192 draws, which are
+    64 rows of 128 channels."""
+
+    def moments(case: str, total: int, steps: int):
+        name, eta, variance = CASES[case]
+        diffusion = Diffusion(total, variance=variance)
+        options = dict(sampler=name, steps=steps, eta=eta, threshold="none", optimise=steps > 100)
+        images = draw(gaussian_eps(diffusion), diffusion, make_keys(64), (2, 2, 128), **options)
+        return (f(images, axis=(0, 3))[..., None] for f in (np.mean, np.std))
+
+    return moments
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_distribution_of_the_data_is_recovered(case):
+def test_the_distribution_of_the_data_is_recovered(moments, case):
     # 8192 draws at each pixel: the standard error is 1.1 % of the deviation for the mean, 0.8 % for
     # the deviation. 1000 steps leave an error of at most 1.0 % of the deviation (computed as in the
-    # next test). Four standard errors of each, and that.
+    # next test). The tolerances are four standard errors and this.
     mean, deviation = moments(case, 1000, 1000)
     np.testing.assert_allclose(mean / DEVIATION, MEAN / DEVIATION, atol=0.055)
     np.testing.assert_allclose(deviation / DEVIATION, 1, atol=0.042)
@@ -119,9 +121,9 @@ def short_chain(case: str, total: int, steps: int):
 
 
 @pytest.mark.parametrize("case, steps", [*((case, 12) for case in CASES), ("ddim", 1)])
-def test_few_steps_give_the_moments_of_the_short_chain(case, steps):
-    # Here the steps' own error, up to tens of percent, is part of what is expected: what is left
-    # are four standard errors of 8192 draws.
+def test_few_steps_give_the_moments_of_the_short_chain(moments, case, steps):
+    # The expected moments include the discretisation error of the steps, tens of percent. The
+    # tolerances are four standard errors of 8192 draws.
     mean, deviation = moments(case, 200, steps)
     expected_mean, expected_deviation = short_chain(case, 200, steps)
     np.testing.assert_allclose(mean, expected_mean, atol=0.045 * DEVIATION.max())
@@ -132,8 +134,8 @@ def test_few_steps_give_the_moments_of_the_short_chain(case, steps):
     "name, steps, error", [("ddim", 100, 0.06), ("dpmpp_2m", 100, 0.005), ("heun", 50, 0.0008)]
 )
 def test_deterministic_samplers_take_each_image_where_the_exact_flow_does(name, steps, error):
-    # The flow keeps a pixel as many deviations from its mean as it was at x_T. error: what so many
-    # steps leave at most, in float64 (0.047, 0.0036, 0.00061), and a quarter of it more.
+    # Along the flow a pixel keeps its distance from the mean, in deviations. error: the largest
+    # error of these steps in float64 (0.047, 0.0036, 0.00061), and a quarter more.
     diffusion = Diffusion(1000, schedule="cosine")
     start, abar = jax.random.normal(jax.random.key(0), (64, 2, 2, 1)), diffusion.abar[-1]
     wide = np.sqrt(abar * DEVIATION**2 + 1 - abar)
@@ -142,28 +144,11 @@ def test_deterministic_samplers_take_each_image_where_the_exact_flow_does(name, 
     np.testing.assert_allclose(ours[0], expected, atol=error)
 
 
-# What the network is asked, and what is kept of it.
-
-
-@pytest.mark.parametrize(
-    "setting, known",
-    [("sampler", "ancestral, ddim, dpmpp_2m, heun"), ("threshold", "none, static, dynamic")],
-)
-def test_an_unknown_name_is_one_sentence_that_lists_the_known(setting, known):
-    diffusion = Diffusion(100)
-    with pytest.raises(ValueError, match=f"^{setting}='euler' is unknown; known: {known}$"):
-        sample(gaussian_eps(diffusion), diffusion, make_keys(1), (2, 2, 1), **{setting: "euler"})
-
-
-@pytest.mark.parametrize("steps", [0, 101])
-def test_steps_that_the_chain_does_not_hold_are_an_error(steps):
-    diffusion = Diffusion(100)
-    with pytest.raises(ValueError, match=rf"^steps={steps} must lie between 1 and diffusion"):
-        sample(gaussian_eps(diffusion), diffusion, make_keys(1), (2, 2, 1), steps=steps)
+# Calls of the network, and the trajectory.
 
 
 def watched(eps_fn, seen: list):
-    """eps_fn, with (x, t) of every call written down."""
+    """eps_fn, which also appends (x, t) of every call to `seen`."""
 
     def watch(x, t):
         jax.debug.callback(lambda *at: seen.append([*map(jnp.asarray, at)]), x, t, ordered=True)
@@ -173,12 +158,12 @@ def watched(eps_fn, seen: list):
 
 
 @pytest.mark.parametrize("name, steps", [*((name, 7) for name in SAMPLERS), ("ddim", "2,1,4")])
-def test_the_network_sees_times_of_the_original_chain_and_no_others(name, steps):
+def test_the_network_sees_times_of_the_original_chain_and_no_others(draw, name, steps):
     diffusion, seen = Diffusion(100), []
     draw(watched(gaussian_eps(diffusion), seen), diffusion, make_keys(3), sampler=name, steps=steps)
     jax.effects_barrier()
     times = timesteps(diffusion, steps).tolist()
-    if name == "heun":  # t0, t1, t1, t2, t2, ...: all but the first again after a correction
+    if SAMPLERS[name].evaluations == 2:  # t0, t1, t1, t2, t2, ...: predicted, then corrected
         times = [times[0], *(t for t in times[1:] for _ in range(2))]
     assert [t.tolist() for _, t in seen] == [[t] * 3 for t in times]
     assert all(t.dtype == np.int32 for _, t in seen)
@@ -186,43 +171,44 @@ def test_the_network_sees_times_of_the_original_chain_and_no_others(name, steps)
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_film_is_the_estimate_at_each_time_and_ends_with_the_image(name, steps):
+def test_the_trajectory_is_the_estimate_at_each_time_and_ends_with_the_image(name, steps):
     diffusion, seen = Diffusion(100), []
     eps_fn, start = gaussian_eps(diffusion), jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
-    image, film = walk(watched(eps_fn, seen), diffusion, start, steps, sampler=name, film=True)
+    image, trajectory = walk(watched(eps_fn, seen), diffusion, start, steps, True, sampler=name)
     jax.effects_barrier()
-    assert film.shape == (steps, 3, 2, 2, 1)
-    np.testing.assert_array_equal(film[-1], image)
-    settled = seen[::2] if name == "heun" else seen  # x after its correction, not the guess
-    estimates = [diffusion.x0_from_eps(x, t, eps_fn(x, t).eps) for x, t in settled]
-    np.testing.assert_allclose(film, np.clip(estimates, -1, 1), atol=1e-5)
+    assert trajectory.shape == (steps, 3, 2, 2, 1)
+    np.testing.assert_array_equal(trajectory[-1], image)
+    corrected = seen[:: SAMPLERS[name].evaluations]  # without the predictor's x
+    estimates = [diffusion.x0_from_eps(x, t, eps_fn(x, t).eps) for x, t in corrected]
+    # 1 / sqrt(abar) is 280 at the first time: a rounding error of 1e-7 in eps becomes 3e-5 in x_0.
+    np.testing.assert_allclose(trajectory, np.clip(estimates, -1, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_step_is_the_estimate_at_the_noisiest_time(name):
     diffusion, eps_fn = Diffusion(100), gaussian_eps(Diffusion(100))
     start, t = jax.random.normal(jax.random.key(2), (3, 2, 2, 1)), jnp.full(3, 99)
-    image, film = walk(eps_fn, diffusion, start, 1, sampler=name, threshold="none")
+    image, trajectory = walk(eps_fn, diffusion, start, 1, sampler=name, threshold="none")
     expected = diffusion.x0_from_eps(start, t, eps_fn(start, t).eps)
-    assert film is None
+    assert trajectory is None
     np.testing.assert_allclose(image, expected, atol=1e-4)  # 1 / sqrt(abar) is 280 there
 
 
 @pytest.mark.parametrize("total, steps", [(1, 1), (2, 2), (4000, 3)])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_images_and_their_derivatives_are_finite_at_both_ends(name, total, steps):
-    """The cosine's first abar is 1e-10 at T = 4000; the last log SNR of all is infinite."""
+    """At T = 4000 the noisiest abar of "cosine" is 1e-10; the clean image's log SNR is infinite."""
     diffusion, keys = Diffusion(total, schedule="cosine"), make_keys(3)
     eps_fn, times = gaussian_eps(diffusion), timesteps(diffusion, steps)
+    method = Method(sampler=name, threshold="none")
 
     @jax.jit
     @jax.value_and_grad
     def images(x):
-        image, _ = reverse(eps_fn, diffusion, x, keys, times, sampler=name, threshold="none")
+        image, _ = reverse(eps_fn, diffusion, x, keys, times, method)
         return (image**2).sum()
 
-    start = jax.random.normal(jax.random.key(3), (3, 2, 2, 1))
-    assert all(np.isfinite(x).all() for x in images(start))
+    chex.assert_tree_all_finite(images(jax.random.normal(jax.random.key(3), (3, 2, 2, 1))))
 
 
 # Thresholds.
@@ -230,7 +216,7 @@ def test_images_and_their_derivatives_are_finite_at_both_ends(name, total, steps
 
 @pytest.mark.parametrize("threshold", ["static", "dynamic"])
 @pytest.mark.parametrize("name, eta", [(name, float(name == "ddim")) for name in SAMPLERS])
-def test_held_images_stay_in_range_whatever_the_network_says(name, eta, threshold):
+def test_thresholded_images_stay_in_range_for_any_network(draw, name, eta, threshold):
     diffusion, seen = Diffusion(100), []
 
     def wild(x, t):
@@ -253,30 +239,29 @@ PIXELS = st.floats(-1, 1, width=32, allow_subnormal=False)  # XLA flushes those 
 )
 def test_dynamic_scales_each_image_that_leaves_the_range_by_itself(images, scales):
     images = images * scales
-    held = np.asarray(held_dynamic(jnp.asarray(images)))
-    assert np.abs(held).max(initial=0) <= 1
-    for before, after in zip(images, held, strict=True):
+    clipped = np.asarray(dynamic(jnp.asarray(images)))
+    assert np.abs(clipped).max(initial=0) <= 1 + 1e-6  # XLA may divide as x * (1 / limit)
+    for before, after in zip(images, clipped, strict=True):
         most = np.quantile(np.abs(before), 0.995)
         if np.abs(before).max() <= 1:
             np.testing.assert_allclose(after, before, atol=1e-6)
-        elif most <= 1:  # too few pixels are out of range to count: they alone are cut
+        elif most <= 1:  # too few pixels are out of range to rescale: these are clipped
             np.testing.assert_allclose(after, before.clip(-1, 1), atol=1e-6)
         else:
             np.testing.assert_allclose(after, (before / most).clip(-1, 1), atol=1e-5)
 
 
-held_dynamic = jax.jit(THRESHOLDS["dynamic"])
+dynamic = jax.jit(THRESHOLDS["dynamic"])
 
 
-def test_static_cuts_and_none_does_nothing():
+def test_static_clips():
     images = jnp.linspace(-3, 3, 12).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(THRESHOLDS["static"](images), images.clip(-1, 1))
-    np.testing.assert_array_equal(THRESHOLDS["none"](images), images)
 
 
 @pytest.mark.parametrize("threshold", ["static", "dynamic"])
-def test_noise_is_recomputed_from_the_held_image(threshold):
-    """DDIM by hand, with a network that takes most of what it sees for noise."""
+def test_noise_is_recomputed_from_the_thresholded_image(draw, threshold):
+    """DDIM by hand, with a network that estimates 80 % of its input to be noise."""
     diffusion, keys = Diffusion(100), make_keys(5)
     ours = draw(lambda x, t: Estimate(0.8 * x), diffusion, keys, steps=4, threshold=threshold)
     x = np.asarray(noise_at(keys, 100, (2, 2, 1)), np.float64)
@@ -298,17 +283,21 @@ def test_noise_is_recomputed_from_the_held_image(threshold):
 
 @pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
 def test_an_image_depends_on_its_own_key_alone(name, eta):
-    diffusion, keys = Diffusion(100), make_keys(6)
-    eps_fn = gaussian_eps(diffusion)
+    """And on the key of x_T alone, where the record says that the sampler draws no noise."""
+    diffusion, method, keys = Diffusion(100), Method(sampler=name, eta=eta), make_keys(6)
+    eps_fn, times = gaussian_eps(diffusion), timesteps(diffusion, 5)
 
     @jax.jit
-    def images(keys):
-        return sample(eps_fn, diffusion, keys, (2, 2, 3), sampler=name, steps=5, eta=eta)
+    def images(keys, step_keys):
+        start = initial_noise(diffusion, keys, (2, 2, 3))
+        return reverse(eps_fn, diffusion, start, step_keys, times, method)[0]
 
-    every, order = images(keys), np.array([4, 0, 5, 2, 1, 3])
+    every, order = images(keys, keys), np.array([4, 0, 5, 2, 1, 3])
     assert len(np.unique(np.asarray(every).round(4), axis=0)) == 6
-    np.testing.assert_array_equal(images(keys[order]), every[order])
-    np.testing.assert_allclose(images(keys[2:4]), every[2:4], atol=1e-5)
+    np.testing.assert_array_equal(images(keys[order], keys[order]), every[order])
+    np.testing.assert_allclose(images(keys[2:4], keys[2:4]), every[2:4], atol=1e-5)
+    changed = np.abs(images(keys, keys[order]) - every).max() > 1e-3
+    assert changed == SAMPLERS[name].draws_noise(method)
 
 
 def test_noise_is_standard_normal_and_new_at_every_index():
@@ -319,7 +308,7 @@ def test_noise_is_standard_normal_and_new_at_every_index():
 
 
 def reverse_chain(diffusion: Diffusion, keys, eps_of, deviation_of) -> np.ndarray:
-    """Ho et al. 2020, algorithm 2, as it is written there; noise from index t, x_T from T."""
+    """Ho et al. 2020, algorithm 2, as in the paper; noise from index t, x_T from index T."""
     x = np.asarray(noise_at(keys, diffusion.steps, (2, 2, 1)), np.float64)
     for t in range(diffusion.steps - 1, -1, -1):
         beta, abar = diffusion.betas[t], diffusion.abar[t]
@@ -330,19 +319,19 @@ def reverse_chain(diffusion: Diffusion, keys, eps_of, deviation_of) -> np.ndarra
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ancestral_is_the_published_algorithm_with_new_noise_at_each_step(variance):
+def test_ancestral_is_the_published_algorithm_with_new_noise_at_each_step(draw, variance):
     diffusion, keys = Diffusion(30, variance=variance), make_keys(4)
     table = diffusion.posterior_variance if variance == "fixed_small" else diffusion.betas
-    settings = dict(sampler="ancestral", steps=30, threshold="none")
-    ours = draw(lambda x, t: Estimate(0.5 * x), diffusion, keys, **settings)
+    options = dict(sampler="ancestral", steps=30, threshold="none")
+    ours = draw(lambda x, t: Estimate(0.5 * x), diffusion, keys, **options)
     expected = reverse_chain(diffusion, keys, lambda x, abar: 0.5 * x, lambda t: table[t] ** 0.5)
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_ancestral_takes_the_variance_that_was_learned():
+def test_ancestral_uses_a_learned_variance(draw):
     diffusion, keys = Diffusion(30, variance="learned"), make_keys(4)
 
-    def eps_fn(x, t):  # half of the way from the mean of the two log variances to the upper
+    def eps_fn(x, t):  # the log variance at three quarters between the two
         return diffusion.estimate(jnp.concatenate([0.5 * x, jnp.full_like(x, 0.5)], axis=-1), x, t)
 
     def deviation_of(t):
@@ -353,7 +342,7 @@ def test_ancestral_takes_the_variance_that_was_learned():
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_learned_variance_of_nothing_leaves_the_chain_of_means():
+def test_a_learned_variance_of_0_leaves_the_chain_of_means(draw):
     diffusion, keys = Diffusion(30, variance="learned"), make_keys(4)
 
     def eps_fn(x, t):
@@ -364,8 +353,8 @@ def test_a_learned_variance_of_nothing_leaves_the_chain_of_means():
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_learned_variance_samples_long_chains_without_nan():
-    """At T = 4000 both ends of the learned variance are equal in float32 at the noisiest times."""
+def test_learned_variance_samples_long_chains_without_nan(draw):
+    """At T = 4000 the two log variances of (4) are equal in float32 at the noisiest times."""
     diffusion = Diffusion(4000, variance="learned")
 
     def eps_fn(x, t):

@@ -16,7 +16,7 @@ def chain(total: int, schedule: str = "cosine") -> Diffusion:
     return Diffusion(total, schedule)  # cosine: any T is valid
 
 
-# What each spacing is even in, written down a second time.
+# The quantity in which the times of each spacing are evenly spaced, defined independently.
 MEASURES = {
     "uniform": lambda diffusion: np.arange(diffusion.steps),
     "quadratic": lambda diffusion: np.arange(diffusion.steps) ** 0.5,
@@ -26,15 +26,15 @@ MEASURES = {
 
 @st.composite
 def chains(draw):
-    """A Diffusion of 2 to 4000 times."""
+    """(total, schedule) of a Diffusion of 2 to 4000 times."""
     total = draw(st.integers(2, 4000))
-    return chain(total, draw(st.sampled_from(["cosine", "linear"] if total > 20 else ["cosine"])))
+    return total, draw(st.sampled_from(["cosine", "linear"] if total > 20 else ["cosine"]))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from(sorted(SPACINGS)))
 def test_timesteps_run_strictly_down_from_the_last_time_to_zero(data, spacing):
-    diffusion = data.draw(chains())
+    diffusion = chain(*data.draw(chains()))
     left = data.draw(st.integers(2, diffusion.steps))
     steps = data.draw(st.integers(2, left) | st.just(left))
     times = timesteps(diffusion, steps, spacing, left)
@@ -55,18 +55,18 @@ def test_one_step_is_at_the_noisiest_time_and_as_many_as_there_are_visit_all(spa
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from(sorted(MEASURES)))
-def test_each_time_is_the_nearest_to_its_place_where_those_differ(data, spacing):
-    diffusion = data.draw(chains())
+def test_each_time_is_the_nearest_one_where_those_differ(data, spacing):
+    diffusion = chain(*data.draw(chains()))
     steps = data.draw(st.integers(2, min(diffusion.steps, 20)))
     measure = MEASURES[spacing](diffusion)
     places = np.linspace(measure[-1], measure[0], steps)
     distances = np.abs(places[:, None] - measure)
     nearest = distances.argmin(axis=1)
     times = timesteps(diffusion, steps, spacing)
-    if len(set(nearest)) == steps:  # an exact half is as near to the one as to the other
+    if len(set(nearest)) == steps:  # an exact half may be rounded either way
         ours = distances[np.arange(steps), times]
         np.testing.assert_allclose(ours, distances.min(axis=1), rtol=1e-6, atol=1e-9)
-    else:  # the rest are pushed aside: toward the noise, but for those that had to make room there
+    else:  # the others move toward the noise, except where no time is free at that end
         room = np.arange(steps)[::-1]
         assert np.all((times >= nearest) | (times == diffusion.steps - steps + room))
 
@@ -77,19 +77,19 @@ def test_quadratic_times_are_squares(total, steps):
     assert np.abs(timesteps(chain(total), steps, "quadratic") - squares).max() < 1
 
 
-def test_log_snr_times_are_even_in_it():
+def test_log_snr_times_are_evenly_spaced_in_it():
     diffusion = chain(100_000, "linear")
     times = timesteps(diffusion, 20, "log_snr")
     gaps = np.diff(np.log(1 / diffusion.abar[times] - 1))
-    # A time of the first hundred has neighbours that are a hundredth and more away.
+    # Below t = 100, neighbouring times are too far apart in it to be evenly spaced.
     assert np.ptp(gaps[:-6]) < 1e-3 * -gaps.mean() and np.ptp(gaps) < 0.1 * -gaps.mean()
 
 
 def test_times_that_would_coincide_make_room_for_each_other():
-    # sqrt(9) · [0, 1/7, ..., 1] lies nearest to the roots of 0, 0, 1, 2, 3, 5, 7, 9.
+    # sqrt(9) · [0, 1/7, ..., 1] is nearest to the roots of 0, 0, 1, 2, 3, 5, 7, 9.
     assert timesteps(chain(10), 8, "quadratic").tolist() == [9, 7, 5, 4, 3, 2, 1, 0]
     # The last of the cosine's betas is 0.999, a large step in log SNR: nearest are 9, 9, 8, 8, 6,
-    # 2, 0. They make room toward the noise while there is any, and then toward the image.
+    # 2, 0. They move toward the noise while there are free times, and then toward the image.
     assert timesteps(chain(10), 7, "log_snr").tolist() == [9, 8, 7, 6, 5, 2, 0]
 
 
@@ -105,11 +105,11 @@ def test_total_is_a_chain_that_ends_earlier(spacing):
     )
 
 
-# Section counts, and the rule of the published code.
+# Section counts, and the published rule.
 
 
 def respaced(total: int, counts: list[int]) -> list[int]:
-    """The published rule, a section after the other and a time after the other."""
+    """The published rule, as a loop over sections and times."""
     times, start = [], 0
     for i, count in enumerate(counts):
         size = total // len(counts) + (i < total % len(counts))
@@ -123,7 +123,9 @@ def respaced(total: int, counts: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("total", [7, 24, 50, 100, 128, 500, 1000, 4000])
 def test_timesteps_are_those_of_the_published_respacing(total):
-    for steps in range(2, min(total, 300) + 1):  # 24 and 15: a half, rounded down as sums have it
+    for steps in range(
+        2, min(total, 300) + 1
+    ):  # 24, 15: a half, rounded down because strides are summed
         assert timesteps(chain(total), steps)[::-1].tolist() == respaced(total, [steps])
 
 
@@ -147,23 +149,23 @@ def test_section_counts_by_hand():
     assert timesteps(chain(100), "20").tolist() == timesteps(chain(100), 20).tolist()
 
 
-# What cannot be.
+# Errors.
 
 
 @pytest.mark.parametrize(
     "steps, sentence",
     [
-        ("10,60", r"^steps=10,60 asks for 60 of the 50 times of a section; .*steps=100$"),
-        ("10,0", r"^steps=10,0 asks for 0 of the 50 times of a section"),
-        ("10,", r"^steps=10, must be a whole number, or section counts such as 10,10,20$"),
-        ("ddim50", r"^steps=ddim50 must be a whole number"),
-        ("101", r"^steps=101 must lie between 1 and diffusion\.steps=100$"),
+        ("10,60", r"^steps='10,60' asks for 60 of the 50 times of a section; .*steps=100$"),
+        ("10,0", r"^steps='10,0' asks for 0 of the 50 times of a section"),
+        ("10,", r"^steps='10,' must be a whole number, or section counts such as 10,10,20$"),
+        ("ddim50", r"^steps='ddim50' must be a whole number"),
+        ("101", r"^steps='101' must lie between 1 and diffusion\.steps=100$"),
         (101, r"^steps=101 must lie between 1 and diffusion\.steps=100$"),
         (0, r"^steps=0 must lie between 1 and diffusion\.steps=100$"),
         (-1, r"^steps=-1 must lie between 1 and diffusion\.steps=100$"),
     ],
 )
-def test_counts_that_cannot_be_are_one_sentence(steps, sentence):
+def test_counts_out_of_range_are_one_sentence(steps, sentence):
     for spacing in SPACINGS if "," not in str(steps) else ["uniform"]:
         with pytest.raises(ValueError, match=sentence):
             timesteps(chain(100), steps, spacing)
@@ -173,7 +175,7 @@ def test_counts_that_cannot_be_are_one_sentence(steps, sentence):
     "steps, sentence",
     [
         (41, r"^steps=41 must lie between 1 and the times that are left, 40$"),
-        ("5,30", r"^steps=5,30 asks for 30 of the 20 times .* of the times that are left, 40$"),
+        ("5,30", r"^steps='5,30' asks for 30 of the 20 times .* of the times that are left, 40$"),
     ],
 )
 def test_counts_that_a_shorter_chain_cannot_hold_name_its_length(steps, sentence):
@@ -183,7 +185,7 @@ def test_counts_that_a_shorter_chain_cannot_hold_name_its_length(steps, sentence
 
 @pytest.mark.parametrize("spacing", ["quadratic", "log_snr"])
 def test_section_counts_are_uniform(spacing):
-    sentence = r"^steps=5,5: section counts go with spacing='uniform' alone$"
+    sentence = rf"^steps='5,5' has section counts, which spacing='{spacing}' does not take; take "
     with pytest.raises(ValueError, match=sentence):
         timesteps(chain(100), "5,5", spacing)
 
@@ -196,7 +198,7 @@ def test_an_unknown_spacing_is_one_sentence_that_lists_the_known():
 
 
 @pytest.mark.parametrize("total", [0, -3, 101])
-def test_a_chain_has_no_more_times_left_than_it_has(total):
+def test_a_total_beyond_the_chain_is_an_error(total):
     sentence = f"^total={total} must lie between 1 and diffusion.steps=100$"
     for steps in (1, "1,1"):
         with pytest.raises(ValueError, match=sentence):

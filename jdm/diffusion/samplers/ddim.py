@@ -1,70 +1,73 @@
-"""Song, Meng & Ermon 2021, "Denoising diffusion implicit models", equations 12 and 16; and back.
+"""Song, Meng & Ermon 2021, "Denoising diffusion implicit models", equations 12 and 16.
 
 (8)  x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma²) eps + sigma z,
      sigma = eta sqrt(variance of q(x_s | x_t, x_0))
 
-With eta = 0 it is a first-order solver of the probability-flow ODE and can be run backwards, from
-an image to the noise that makes it. With x_t = cos(phi) x_0 + sin(phi) eps, v = dx / dphi and
-h = phi_t - phi_s, its step is a rotation, x_s = cos(h) x_t - sin(h) v(x_t, t), so that
+With eta = 1, sigma² is that variance. With eta = 0, it is a first-order solver of the
+probability-flow ODE, and can be run backwards, from an image to its x_T (`ddim_inverse`). With
+x_t = cos(phi) x_0 + sin(phi) eps, v = dx / dphi and h = phi_t - phi_s, a step is the rotation
+x_s = cos(h) x_t - sin(h) v(x_t, t). Solved for x_t, it is a fixed-point equation:
 
-(8a)  x_t = [x_s + sin(h) v(x_t, t)] / cos(h),
+(8a)  x_t = [x_s + sin(h) v(x_t, t)] / cos(h)
 
-which is solved by putting a guess of x_t into the right side, again and again; the first guess
-takes v of the step before.
+The iteration starts from the x_t that is computed with the v of the previous step.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
-from jdm.diffusion.process import Diffusion, Images, Level
-from jdm.diffusion.samplers.base import EpsFn, Sampler, angle, velocity
+from jdm.arrays import Images
+from jdm.diffusion.method import Method
+from jdm.diffusion.process import Diffusion, Level
+from jdm.diffusion.samplers.base import EpsFn, Sampler, Steps, angle, velocity
+from jdm.diffusion.samplers.times import Timesteps
 
 
-def ddim(diffusion: Diffusion, eta: float) -> Sampler:
-    """(8): deterministic at eta = 0, as noisy as the posterior at eta = 1."""
+def draws_noise(method: Method) -> bool:
+    return method.eta > 0
 
+
+def ddim(diffusion, method):
     def step(memory, x, x0, estimate, visit, draw):
         at_s = visit.at_s
-        sigma = eta * jnp.sqrt(diffusion.step_variance(visit.at_t, at_s))
-        direction = jnp.sqrt(jnp.maximum(at_s.noise - sigma**2, 0)) * estimate.eps
-        x = jnp.sqrt(at_s.abar) * x0 + direction
-        return memory, x + sigma * draw() if eta else x
+        sigma = method.eta * jnp.sqrt(diffusion.step_variance(visit.at_t, at_s))
+        b = jnp.sqrt(jnp.maximum(at_s.variance - sigma**2, 0))
+        x = jnp.sqrt(at_s.abar) * x0 + b * estimate.eps
+        return memory, x + sigma * draw() if draws_noise(method) else x
 
-    return Sampler(step)
+    return Steps(step)
+
+
+SAMPLER = Sampler(ddim, draws_noise, takes=("eta",))
 
 
 def ddim_inverse(
-    eps_fn: EpsFn,
-    diffusion: Diffusion,
-    x0: Images,
-    times: Int[np.ndarray, " steps"],
-    iterations: int = 5,
+    eps_fn: EpsFn, diffusion: Diffusion, x0: Images, times: Timesteps, iterations: int = 5
 ) -> Images:
-    """x_T [B, H, W, C] from which `ddim` at eta = 0, over the same times, comes back to x0.
+    """The x_T [B, H, W, C] from which `ddim`, with eta = 0 and the same times, returns to x0.
 
-    times: from the noisiest down, as `timesteps` gives them. iterations: of (8a), each one call of
-    the eps_fn a step. Estimates are never thresholded here; coming back they must not be either.
+    iterations: of (8a) in each step, with one evaluation of the eps_fn each. Estimates of x_0 are
+    not thresholded here; sampling returns to x0 only if it does not threshold them either.
     """
     upward = times[::-1]
     abar = np.append(1.0, diffusion.abar[upward])
-    turn = angle(Level.of(abar[1:])) - angle(Level.of(abar[:-1]))
+    h = angle(Level.of(abar[1:])) - angle(Level.of(abar[:-1]))
 
     def v_at(x, time):
         t = jnp.full(x.shape[:1], time)
         eps = eps_fn(x, t).eps
         return velocity(diffusion, diffusion.x0_from_eps(x, t, eps), eps, t)
 
-    def body(carry, at):
-        (x, v), (time, h) = carry, at
-        guess = jnp.cos(h) * x + jnp.sin(h) * v
+    def step(carry, inputs):
+        (x, v), (time, h) = carry, inputs
+        first = jnp.cos(h) * x + jnp.sin(h) * v
 
-        def refine(_, pair):
+        def iterate(_, pair):
             v = v_at(pair[0], time)
             return (x + jnp.sin(h) * v) / jnp.cos(h), v
 
-        return jax.lax.fori_loop(0, iterations, refine, (guess, v)), None
+        return jax.lax.fori_loop(0, iterations, iterate, (first, v)), None
 
-    start = (x0, v_at(x0, jnp.int32(upward[0])))
-    return jax.lax.scan(body, start, (upward, turn))[0][0]
+    start = x0, v_at(x0, jnp.int32(upward[0]))
+    return jax.lax.scan(step, start, (upward, h))[0][0]
