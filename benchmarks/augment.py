@@ -1,9 +1,9 @@
-"""What the policies of jdm.training.augment make of one digit, and of one photograph.
+"""Draws one digit and one photograph under each policy of jdm.training.augment.
 
     python benchmarks/augment.py --out=docs/pictures/augment.png [--photos FILE FILE …]
 
-A row for each policy, with the image as it is at its left. The first photograph is shown; MixUp
-finds its partners among the others, as it does among other digits.
+Each policy is a row, with the original image at the left. The first photograph is shown; MixUp
+mixes it with the others, and the digit with other digits.
 """
 
 import argparse
@@ -26,18 +26,18 @@ COLUMNS, SIZE, DIGIT = 16, 32, 3
 
 
 def rows(image: np.ndarray, others: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """uint8 [COLUMNS, H, W, C] for each policy: the image, then what becomes of it."""
+    """uint8 [COLUMNS, H, W, C] for each policy: the image, then augmented versions of it."""
     batch = pixels_to_float(jnp.asarray(np.stack([image] * COLUMNS + [*others])))
-    made = []
-    for name, policy in POLICIES.items():
-        if name != "none":
+    found = []
+    for policy in POLICIES.values():
+        if policy.augments:
             images = augment(policy, jax.random.key(0), batch)[0][:COLUMNS]
-            made.append(np.asarray(float_to_pixels(images.at[0].set(batch[0]))))
-    return made
+            found.append(np.asarray(float_to_pixels(images.at[0].set(batch[0]))))
+    return found
 
 
 def enlarged(images: np.ndarray) -> np.ndarray:
-    """RGB images of SIZE × SIZE, of images whose side divides it."""
+    """RGB images of SIZE × SIZE pixels, from images whose side divides SIZE."""
     factor = SIZE // images.shape[1]
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     return np.broadcast_to(images, (*images.shape[:3], 3))
@@ -51,15 +51,16 @@ def main() -> None:
 
     images, labels = digits()
     others = images[labels != DIGIT][:COLUMNS]
-    made = rows(images[labels == DIGIT][0], others)
+    drawn = rows(images[labels == DIGIT][0], others)
     photos = [np.asarray(Image.open(path).convert("RGB")) for path in arguments.photos]
     if any(photo.shape != (SIZE, SIZE, 3) for photo in photos):
         parser.error(f"--photos must be of {SIZE}×{SIZE} pixels")
     if photos:
-        made += rows(photos[0], photos[1:])
-    sheet = grid(np.concatenate([enlarged(row) for row in made]), columns=COLUMNS, gap=2)
+        drawn += rows(photos[0], photos[1:])
+    sheet = grid(np.concatenate([enlarged(row) for row in drawn]), columns=COLUMNS, gap=2)
     write_whole(arguments.out, png(sheet, least_width=2 * sheet.shape[1]))
-    print(f"wrote {arguments.out}: {', '.join(name for name in POLICIES if name != 'none')}")
+    augmenting = [name for name, policy in POLICIES.items() if policy.augments]
+    print(f"wrote {arguments.out}: {', '.join(augmenting)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What converted weights compute, against what the published implementation computed with them.
+"""Converted weights in our code, against stored results of the published implementation.
 
 Tolerances are shares of the largest value of an array: 1e-4; 1e-3 for gradients of parameters and
 the end of a chain of steps; 1e-6 for tables.
 """
 
+from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,13 +16,17 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jdm import convert
+from jdm.configs import base
 from jdm.diffusion import guidance
 from jdm.diffusion.guidance import Network
+from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, Estimate, Level
 from jdm.diffusion.samplers import SAMPLERS
 from jdm.diffusion.samplers.base import Visit
 from jdm.joint import make_network
-from jdm.nn.model import JointModel
+from jdm.nn.model import JointModel, make_model
+from jdm.training.loss import JointLoss
+from jdm.training.terms.base import Input, Rows
 
 RUNS = ("grey28", "grey28_x0_updown", "rgb32_learned", "rgb64_neworder")
 INPUTS = ("x0", "x_t", "t", "noise", "labels", "chain_start", "chain_noise")
@@ -35,22 +40,23 @@ def entropies(logits, labels):
 def run(request, published):
     """A stored run; our model, diffusion and weights for it; and the programs it needs."""
     stored = published(request.param)
-    model, diffusion = JointModel(**stored.config.model), Diffusion(**stored.config.diffusion)
+    model = make_model(stored.config.model, stored.config.exec)
+    diffusion = Diffusion(**stored.config.diffusion)
     given = {name: jnp.asarray(stored.arrays[name]) for name in INPUTS}
     given |= {name: given[name].astype(jnp.int32) for name in ("t", "labels")}
 
     @jax.jit
     def step(weights, x, t, noise, at_t, at_s):
-        """(raw output, features, logits) of one pass, and where an ancestral step goes from x."""
+        """(raw output, features, logits) of one pass, and x after an ancestral step."""
         network = make_network(model, diffusion, weights)
         features = network.encode(x, t)
         raw = model.apply(weights, features, t, method="decode")
         estimate = diffusion.estimate(raw, x, t)
-        ancestral = SAMPLERS["ancestral"](diffusion, eta=0.0)
+        ancestral = SAMPLERS["ancestral"].make(diffusion, Method(sampler="ancestral"))
         x0 = diffusion.x0_from_eps(x, t, estimate.eps)
-        visit = Visit(t, at_t, at_t, at_s, arriving=False)
+        visit = Visit(t, at_t, at_t, at_s, predicted=False)
         _, after = ancestral.step(ancestral.init(x), x, x0, estimate, visit, lambda: noise)
-        after = jnp.where(at_s.noise > 0, after, x0)
+        after = jnp.where(at_s.variance > 0, after, x0)
         return raw, features, model.apply(weights, features, t, method="classify"), after
 
     with jax.default_matmul_precision("highest"):
@@ -68,7 +74,7 @@ def run(request, published):
 
 @pytest.fixture(scope="module")
 def passed(run):
-    """The pass of (x_t, t)."""
+    """One pass of (x_t, t)."""
     return one_pass(run, run.x_t, run.t)
 
 
@@ -121,7 +127,7 @@ def test_reverse_step(run, passed):
     tolerance = 1e-4
     if diffusion.prediction == "x0":
         assert_close(run, "pred_x0", raw)
-        # To samplers it goes through eps, and the way back costs digits where sqrt(abar) is small.
+        # Samplers see it as eps; the conversion back loses accuracy where sqrt(abar) is small.
         tolerance += 2e-7 / np.sqrt(diffusion.abar[np.asarray(run.t)].min())
     assert_close(run, "pred_x0", x0, tolerance)
     assert_close(run, "p_mean", diffusion.posterior_mean(x0, run.x_t, *diffusion.levels(run.t)))
@@ -132,7 +138,7 @@ def test_reverse_step(run, passed):
 
 
 def test_the_last_twenty_steps_of_a_chain(run):
-    """Unclipped, each with its stored noise, through our ancestral sampler."""
+    """With our ancestral sampler, unclipped, each step with its stored noise."""
     x = run.chain_start
     abar = np.append(1.0, run.diffusion.abar)
     for i, noise in enumerate(run.chain_noise):
@@ -143,23 +149,24 @@ def test_the_last_twenty_steps_of_a_chain(run):
 
 
 def test_published_guidance(run):
-    """Every representation moved by +10 times its total derivative of the summed cross-entropy."""
+    """Every representation moves by 10 times the total derivative of the summed cross-entropy."""
     model, rows = run.model, len(run.t)
 
     @jax.jit
     def both(weights, x, t, told, labels):
-        """Gradients at the representations; the head is told the time of the first rows, then 0."""
+        """(cross-entropy, gradients, guided output); `told` is the time that the head is given."""
         logits = partial(model.apply, weights, method="classify")
         network = Network(
-            encode=lambda x, t, nudges=None: model.apply(weights, x, t, nudges, method="encode"),
+            encode=lambda *args: model.apply(weights, *args, method="encode"),
             decode=lambda z, x, t: Estimate(model.apply(weights, z, t, method="decode")),
             log_probabilities=lambda z, t: jax.nn.log_softmax(logits(z, told)),
         )
         targets = jax.nn.one_hot(labels, model.num_classes)
         _, up, features = guidance.gradients(network, x, t, targets)
         each = entropies(logits(features, told), labels)
-        moved = guidance.guide(network, run.diffusion, "published", targets, 10.0)(x, t)
-        return each, jax.tree.map(jnp.negative, up), moved.eps  # here: what the decoder says
+        method = Method(guidance="published")
+        moved = guidance.guide(network, run.diffusion, method, targets, 10.0)(x, t)
+        return each, jax.tree.map(jnp.negative, up), moved.eps  # here the raw output
 
     def twice(x):
         return jnp.concatenate([x, x])
@@ -178,6 +185,19 @@ def test_published_guidance(run):
         assert_close(run, f"guided_skip{i}_grad_norm", norms)
 
 
+class NotTraining(JointModel):
+    """A model without dropout and with running statistics, also where a loss trains it."""
+
+    def encode(self, x, t, perturbations=None, train=False):
+        return super().encode(x, t, perturbations)
+
+    def decode(self, features, t, train=False):
+        return super().decode(features, t)
+
+    def classify(self, features, t, train=False):
+        return super().classify(features, t)
+
+
 def test_gradients_of_the_loss(run):
     """mean(mse) + 0.001 ce, of noised images and of clean ones at t = 0."""
     names = [name.removeprefix("grad/") for name in run.stored if name.startswith("grad/")]
@@ -185,32 +205,32 @@ def test_gradients_of_the_loss(run):
         assert not names
         pytest.skip("the published run of x0 prediction has no gradients stored")
     assert names
-    model, diffusion, rows = run.model, run.diffusion, len(run.t)
+    config = base.get_config()
+    config.loss.update(classify="clean", weight=0.001, variance_weight=0.0)
+    fields = {name: getattr(run.model, name) for name in JointModel.__annotations__}
+    loss_fn = JointLoss(NotTraining(**fields), run.diffusion, config.loss)
+    noised, clean = (Input(x, t, run.labels) for x, t in ((run.x_t, run.t), (run.x0, 0 * run.t)))
+    inputs = OrderedDict(noised=noised, clean=clean)
+    shares = {
+        name: term.shares(loss_fn, inputs, jnp.ones(len(run.t)), jnp.int32(0))
+        for name, term in loss_fn.terms.items()
+    }
+    rows = Rows(run.x0, run.noise, inputs, shares)
     flat = flatten_dict(run.weights["params"])
     paths = {name: run.entries[name].path[1:] for name in names}
 
     @jax.jit
-    def gradients(asked, others, batch_stats, x0, xt, t, noise, labels):
-        def loss(asked):
-            flat = {**others, **{paths[name]: x for name, x in asked.items()}}
-            weights = {"params": unflatten_dict(flat), "batch_stats": batch_stats}
-            times = jnp.concatenate([t, 0 * t])
-            x = jnp.concatenate([xt, x0])
-            features = model.apply(weights, x, times, method="encode")
-            noised, clean = (
-                jax.tree.map(lambda z, part=part: z[part], features)
-                for part in (slice(0, rows), slice(rows, None))
-            )
-            estimate, _ = diffusion.split(model.apply(weights, noised, t, method="decode"))
-            mse = ((estimate - noise) ** 2).mean(axis=(1, 2, 3))
-            logits = model.apply(weights, clean, 0 * t, method="classify")
-            return mse.mean() + 0.001 * entropies(logits, labels).mean(), mse
+    def gradients(trained, others, batch_stats, rows):
+        def loss(trained):
+            flat = {**others, **{paths[name]: x for name, x in trained.items()}}
+            params, key = unflatten_dict(flat), jax.random.key(0)
+            value, (_, _, values) = loss_fn(params, batch_stats, rows, key)
+            return value, values["diffusion"]
 
-        return jax.grad(loss, has_aux=True)(asked)
+        return jax.grad(loss, has_aux=True)(trained)
 
-    asked = {name: flat[path] for name, path in paths.items()}
-    given = (run.x0, run.x_t, run.t, run.noise, run.labels)
-    ours, mse = gradients(asked, flat, run.weights["batch_stats"], *given)
+    trained = {name: flat[path] for name, path in paths.items()}
+    ours, mse = gradients(trained, flat, run.weights["batch_stats"], rows)
     assert_close(run, "mse", mse)
     for name in names:
         theirs = run.entries[name].layout.theirs(np.asarray(ours[name]))

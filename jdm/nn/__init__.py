@@ -1,1 +1,1 @@
-"""The network: a UNet and a classifier on its encoder."""
+"""The network: a UNet, and a classifier head on its encoder."""

@@ -1,35 +1,41 @@
-"""The joint model: one encoder, read by a decoder and by a classifier.
+"""The joint model: one encoder, followed by a decoder and by a classifier.
 
-Owns the four functions everything else is built from: `encode`, `decode`, `classify`, `predict`.
-Does not own what the raw output means (jdm.diffusion does), nor the layers (unet, heads).
+Owns the functions `encode`, `decode`, `classify` and `predict`, from which losses, samplers and
+guidance are built. What the raw output stands for is defined in jdm.diffusion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
+from jdm import names
+from jdm.arrays import Images, Times
+from jdm.errors import InvalidValue
 from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES, Features, UNet, level_sizes
 
-DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
+Raw = Float[Array, "b h w c2"]  # float32, C channels, or 2C with learned variance
+Logits = Float[Array, "b k"]  # float32
+
+# The fields that the model and its UNet share.
+UNET = "image_size channels multipliers blocks attention heads dropout".split()
+UNET += "resample attention_order remat".split()
 
 
 class JointModel(nn.Module):
     """A UNet diffusion model and a classifier that share the UNet's encoder.
 
-    image_size, image_channels: of the images [B, S, S, C]. num_classes: K. multi_label: whether the
-    K logits are of K answers, yes or no, and not of one class among K; the network is the same. The
-    rest of its shape is described at `UNet`. learned_variance doubles the output channels. head:
-    one of HEADS; head_width, head_dropout: its hidden layer (where it has no width of its own) and
-    dropout; head_time: the time it is given, one of HEAD_TIMES. dtype: "float32" or "bfloat16", of
-    the computation; parameters are float32 either way.
+    The fields are the keys of config.model, and dtype and remat of config.exec (see `make_model`).
+    Images are [B, S, S, C] with S = image_size and C = image_channels; t is int32 [B] in [0, T).
+    K = num_classes: the logits are those of one class among K, or with multi_label of K independent
+    attributes. Parameters are float32, whatever the dtype of the computation. `classify` updates
+    the collection batch_stats, the running statistics of a head that has any.
 
-    Where the head keeps batch statistics, they are the collection batch_stats, which changes in
-    `classify` alone.
-
-    Raises ValueError, naming the config key, for sizes that do not fit together.
+    Raises InvalidValue for a field that `check_shape` refuses.
     """
 
     image_size: int
@@ -54,83 +60,65 @@ class JointModel(nn.Module):
 
     def setup(self):
         check_shape(self)
-        self.unet = UNet(
-            image_size=self.image_size,
-            out_channels=self.image_channels * (2 if self.learned_variance else 1),
-            channels=self.channels,
-            multipliers=self.multipliers,
-            blocks=self.blocks,
-            attention=self.attention,
-            heads=self.heads,
-            dropout=self.dropout,
-            dtype=DTYPES[self.dtype],
-            resample=self.resample,
-            attention_order=self.attention_order,
-            remat=self.remat,
-        )
-        self.classifier = HEADS[self.head](
-            self.num_classes, self.head_width, self.head_dropout, name="head"
-        )
+        out_channels = self.image_channels * (2 if self.learned_variance else 1)
+        shared = {name: getattr(self, name) for name in UNET}
+        self.unet = UNet(out_channels=out_channels, dtype=jnp.dtype(self.dtype), **shared)
+        fields = self.num_classes, self.head_width, self.head_dropout
+        self.classifier = HEADS[self.head](*fields, name="head")
 
     def encode(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
-        nudges: Features | None = None,
-        train: bool = False,
+        self, x: Images, t: Times, perturbations: Features | None = None, train: bool = False
     ) -> Features:
-        """The hidden representations of x at noise level t; see `UNet.encode` for nudges."""
-        return self.unet.encode(x, t, nudges, train)
+        """The hidden representations of x at noise level t; for perturbations see `UNet.encode`."""
+        return self.unet.encode(x, t, perturbations, train)
 
-    def decode(
-        self, features: Features, t: Int[Array, " b"], train: bool = False
-    ) -> Float[Array, "b h w c2"]:
+    def decode(self, features: Features, t: Times, train: bool = False) -> Float[Array, "b h w c2"]:
         """The raw output, float32 [B, H, W, C], or [B, H, W, 2C] with learned variance."""
         return self.unet.decode(features, t, train)
 
-    def classify(
-        self, features: Features, t: Int[Array, " b"], train: bool = False
-    ) -> Float[Array, "b k"]:
-        """Logits, float32 [B, K], of representations that were encoded at noise level t."""
+    def classify(self, features: Features, t: Times, train: bool = False) -> Logits:
+        """The logits, float32 [B, K], from representations of images at noise level t."""
         t = HEAD_TIMES[self.head_time](t)
         return self.classifier(features, t, self.unet.embed(t), train)
 
-    def predict(
-        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], train: bool = False
-    ) -> tuple[Float[Array, "b h w c2"], Float[Array, "b k"]]:
-        """(raw output, logits) of one encoder pass."""
+    def predict(self, x: Images, t: Times, train: bool = False) -> tuple[Raw, Logits]:
+        """(raw output, logits) from one encoder pass."""
         features = self.encode(x, t, train=train)
         return self.decode(features, t, train), self.classify(features, t, train)
 
     __call__ = predict
 
 
+def make_model(
+    model: Mapping[str, Any] | ConfigDict, exec: Mapping[str, Any] | ConfigDict
+) -> JointModel:
+    """The model of a config's sections `model` (what it is) and `exec` (how it is computed)."""
+    return JointModel(**model, dtype=exec["dtype"], remat=exec["remat"])
+
+
+def example_inputs(model: JointModel) -> tuple[Float[Array, "1 s s c"], Int[Array, "1"]]:
+    """(x, t) of zeros, x [1, S, S, C] and t [1], for `model.init`."""
+    side = model.image_size
+    return jnp.zeros((1, side, side, model.image_channels)), jnp.zeros((1,), jnp.int32)
+
+
 def check_shape(model: JointModel) -> None:
-    """Raises ValueError, in one sentence with the config key, where the sizes do not fit."""
+    """Raises InvalidValue, naming the config key, for unknown names and sizes that do not fit."""
     sizes = level_sizes(model.image_size, len(model.multipliers))
     for side in model.attention:
         if side not in sizes:
-            raise ValueError(
-                f"model.attention={tuple(model.attention)} asks for {side}, which no level has; "
-                f"the levels of model.image_size={model.image_size} are {sizes}"
-            )
-    # The middle always attends, so the last level's width must divide too.
+            allowed = f"contains {side}, which is no level's side length"
+            hint = f"the levels of config.model.image_size={model.image_size} are {sizes}"
+            raise InvalidValue("config.model.attention", tuple(model.attention), allowed, hint)
     for level, side in enumerate(sizes):
         width = model.channels * model.multipliers[level]
+        # The middle blocks have the width of the last level, and one always has attention.
         attends = side in model.attention or level == len(sizes) - 1
         if attends and width % model.heads:
-            raise ValueError(
-                f"model.heads={model.heads} does not divide the {width} channels of the level of "
-                f"{side}×{side}"
-            )
-    for key, known in (
-        ("resample", RESAMPLES),
-        ("attention_order", ATTENTION_ORDERS),
-        ("head", HEADS),
-        ("head_time", HEAD_TIMES),
-        ("dtype", DTYPES),
-    ):
-        if getattr(model, key) not in known:
-            raise ValueError(
-                f"model.{key}={getattr(model, key)!r} is unknown; known: {', '.join(known)}"
-            )
+            allowed = f"does not divide the {width} channels of the level of {side}×{side}"
+            raise InvalidValue("config.model.heads", model.heads, allowed)
+    names.check_name("config.model.resample", model.resample, RESAMPLES)
+    names.check_name("config.model.attention_order", model.attention_order, ATTENTION_ORDERS)
+    names.check_name("config.model.head", model.head, HEADS)
+    names.check_name("config.model.head_time", model.head_time, HEAD_TIMES)
+    names.check_name("config.exec.dtype", model.dtype, names.DTYPES)

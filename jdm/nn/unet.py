@@ -1,53 +1,54 @@
-"""The UNet: an encoder to hidden representations, and a decoder from them.
+"""The UNet of Dhariwal & Nichol 2021, as used by Deja et al. 2023, as an encoder and a decoder.
 
-Owns the layers. Does not know what its output stands for, nor that there are classes.
-
-The encoder maps (x, t) to Features: the bottleneck `mid` and every `skip`, in the order they are
-made. The decoder maps Features to an image-shaped output. Between the two anything may be read
-off the features or done to them; that is what the joint model is about.
-
-The network is that of Dhariwal & Nichol 2021, as the joint diffusion models of Deja et al. 2023
-use it. Arrays are [B, H, W, C]; t is int32 [B].
+The encoder maps (x, t) to Features: the bottleneck `mid` and every skip connection in encoder
+order. The decoder maps Features to an image-shaped output. In between, a classifier can read the
+features, and guidance can change them. Images are [B, H, W, C]; t is int32 [B].
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-ATTENTION_ORDERS = ("head_first", "qkv_first")
-RESAMPLES = ("conv", "resblock")
+from jdm import names
+from jdm.arrays import Images, Times
+from jdm.errors import InvalidValue
 
 
 class Features(NamedTuple):
-    """The hidden representations Z of one encoder pass, or anything shaped like them.
+    """The hidden representations Z of one encoder pass, or other values in the same structure.
 
     mid: the bottleneck [B, h, w, c]. skips: one array per encoder block, in encoder order.
     """
 
-    mid: Array
-    skips: tuple[Array, ...]
+    mid: Any
+    skips: tuple[Any, ...]
+
+    def means(self) -> list[Float[Array, "b _"]]:
+        """The spatial mean of `mid`, then those of the skips: float32 [B, channels] each."""
+        return [z.astype(jnp.float32).mean(axis=(1, 2)) for z in (self.mid, *self.skips)]
 
 
 def level_sizes(image_size: int, levels: int) -> tuple[int, ...]:
-    """Side length of the feature maps of each level. A 28-pixel image has 28, 14, 7.
+    """Side length of each level's feature maps: (28, 14, 7) for 28 pixels and three levels.
 
-    Raises ValueError where a level would not halve evenly.
+    Raises InvalidValue if the side length cannot be halved from each level to the next.
     """
-    if image_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"model.image_size={image_size} does not divide by {2 ** (levels - 1)}, "
-            f"as {levels} levels of model.multipliers need"
+    factor = 2 ** (levels - 1)
+    if image_size % factor:
+        allowed = (
+            f"does not divide by {factor}, as {levels} levels of config.model.multipliers need"
         )
+        raise InvalidValue("config.model.image_size", image_size, allowed)
     return tuple(image_size // 2**level for level in range(levels))
 
 
 def block_names(levels: int, blocks: int) -> Features:
-    """The names of the representations, in their places; those of the parameters that made them."""
+    """The name of the module that computes each representation, in the structure of Features."""
     skips = ["stem"]
     for level in range(levels):
         skips += [f"encoder_{level}_{block}" for block in range(blocks)]
@@ -55,7 +56,7 @@ def block_names(levels: int, blocks: int) -> Features:
     return Features("mid", tuple(skips))
 
 
-def time_embedding(t: Int[Array, " b"], width: int) -> Float[Array, "b width"]:
+def time_embedding(t: Times, width: int) -> Float[Array, "b width"]:
     """Sinusoids of the integer t, cosines first: frequencies exp(-ln 10000 · i / (width/2))."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
@@ -64,7 +65,7 @@ def time_embedding(t: Int[Array, " b"], width: int) -> Float[Array, "b width"]:
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm with the most groups, up to 32, that divide the channels; statistics in float32."""
+    """GroupNorm in float32, with the largest number of groups ≤ 32 that divides the channels."""
 
     dtype: jnp.dtype
 
@@ -77,42 +78,44 @@ class GroupNorm(nn.Module):
 
 
 def conv3x3(channels: int, dtype, *, stride: int = 1, zero: bool = False, name=None) -> nn.Conv:
-    """3×3 convolution with padding 1 on every side, also at stride 2; zero: starts as 0."""
+    """3×3 convolution, padded by 1 on every side at any stride. zero: the kernel starts as 0."""
     init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
-    return nn.Conv(
-        channels, (3, 3), stride, padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name
-    )
+    return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=init, dtype=dtype, name=name)
 
 
-def nearest_up(x: Float[Array, "b h w c"]) -> Array:
-    """Each pixel twice along height and width."""
+def nearest_up(x: Images) -> Array:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def average_down(x: Float[Array, "b h w c"]) -> Array:
-    """The mean of each 2×2 square."""
+def average_down(x: Images) -> Array:
     return nn.avg_pool(x, (2, 2), (2, 2))
 
 
 RESIZES = {"none": lambda x: x, "up": nearest_up, "down": average_down}
 
 
-class Resample(nn.Module):
-    """Between levels: a stride-2 convolution "down", or nearest ×2 and a convolution "up"."""
+class ConvResample(nn.Module):
+    """Between levels: a convolution with stride 2 ("down"), or `nearest_up` and one ("up").
+
+    Has the fields and arguments of `ResBlock`, but uses neither dropout, embedding nor train.
+    """
 
     channels: int
-    direction: str
+    dropout: float
     dtype: jnp.dtype
+    resize: str
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
-        if self.direction == "up":
-            return conv3x3(self.channels, self.dtype, name="conv")(nearest_up(x))
-        return conv3x3(self.channels, self.dtype, stride=2, name="conv")(x)
+        x, stride = (nearest_up(x), 1) if self.resize == "up" else (x, 2)
+        return conv3x3(self.channels, self.dtype, stride=stride, name="conv")(x)
 
 
 class ResBlock(nn.Module):
-    """norm · SiLU · (resize) · conv, then norm scaled and shifted by the time · SiLU · conv."""
+    """Residual block: norm, SiLU, resize, conv, norm, scale and shift by the time, SiLU, conv.
+
+    resize: one of RESIZES; it also resizes the shortcut.
+    """
 
     channels: int
     dropout: float
@@ -135,12 +138,21 @@ class ResBlock(nn.Module):
         return x + h
 
 
-class Attention(nn.Module):
-    """Self-attention over positions, residual.
+# What changes the resolution between levels.
+RESAMPLES = names.RESAMPLES.records({"conv": ConvResample, "resblock": ResBlock})
 
-    order: how the 3C output channels of the qkv projection are laid out: "head_first" as
-    [head, (q, k, v), channel], "qkv_first" as [(q, k, v), head, channel].
-    """
+# Layout of the 3C channels of the qkv projection: (heads, channels of a head) -> (the shape that
+# they are split into, the axis of (q, k, v) in [B, positions, *shape]).
+ATTENTION_ORDERS = names.ATTENTION_ORDERS.records(
+    {
+        "head_first": lambda heads, d: ((heads, 3, d), 3),
+        "qkv_first": lambda heads, d: ((3, heads, d), 2),
+    }
+)
+
+
+class Attention(nn.Module):
+    """Residual self-attention over positions. order: one of ATTENTION_ORDERS."""
 
     heads: int
     dtype: jnp.dtype
@@ -151,22 +163,19 @@ class Attention(nn.Module):
         b, height, width, c = x.shape
         d = c // self.heads
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
-        qkv = qkv.reshape(b, height * width, -1)
-        if self.order == "head_first":
-            q, k, v = jnp.moveaxis(qkv.reshape(b, -1, self.heads, 3, d), 3, 0)
-        else:
-            q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, self.heads, d), 2, 0)
-        # Both are scaled before the product, which keeps it in range in half precision.
+        shape, axis = ATTENTION_ORDERS[self.order](self.heads, d)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, *shape), axis, 0)
+        # Scaling both before the product keeps it in range in half precision.
         q, k = q * d**-0.25, k * d**-0.25
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
         weights = jax.nn.softmax(scores).astype(self.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        zero = nn.initializers.zeros
-        return x + nn.Dense(c, kernel_init=zero, dtype=self.dtype, name="project")(out)
+        init = nn.initializers.zeros
+        return x + nn.Dense(c, kernel_init=init, dtype=self.dtype, name="project")(out)
 
 
 class Block(nn.Module):
-    """A residual block, followed by attention where `attention` asks for it."""
+    """A residual block, then attention if `attention` is true."""
 
     channels: int
     dropout: float
@@ -184,14 +193,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The encoder and decoder around shared hidden representations.
+    """The encoder and the decoder, which has one residual block more at each level.
 
-    image_size: side length of the input. out_channels: of the output. channels: of the first
-    level; multipliers: one per level, times channels. blocks: residual blocks per level (the
-    decoder has one more). attention: side lengths of the feature maps that get attention. heads:
-    of each attention. resample: between levels a plain "conv", or a "resblock" that resizes inside.
-    dtype: of the computation; parameters are float32. remat: the gradient computes the inside of
-    each block again instead of keeping it, for less memory and more time.
+    out_channels: channels of the output. dtype: of the computation; parameters are float32. The
+    other fields are keys of config.model and config.exec, which jdm.configs.base describes.
     """
 
     image_size: int
@@ -211,22 +216,18 @@ class UNet(nn.Module):
         sizes = level_sizes(self.image_size, len(self.multipliers))
         widths = [self.channels * m for m in self.multipliers]
         last = len(sizes) - 1
-
-        # `train`, the third argument after self, is no array.
-        of = functools.partial(nn.remat, static_argnums=(3,)) if self.remat else lambda cls: cls
+        # Argument 3 is `train`, a Python bool.
+        remat = functools.partial(nn.remat, static_argnums=(3,)) if self.remat else lambda cls: cls
 
         def block(level, attends):
-            return of(Block)(
-                widths[level], self.dropout, self.dtype, self.heads, attends, self.attention_order
-            )
+            attention = self.heads, attends, self.attention_order
+            return remat(Block)(widths[level], self.dropout, self.dtype, *attention)
 
         def level_blocks(level, count):
             return [block(level, sizes[level] in self.attention) for _ in range(count)]
 
-        def resample(level, direction):
-            if self.resample == "resblock":
-                return of(ResBlock)(widths[level], self.dropout, self.dtype, direction)
-            return Resample(widths[level], direction, self.dtype)
+        def resample(level, resize):
+            return remat(RESAMPLES[self.resample])(widths[level], self.dropout, self.dtype, resize)
 
         self.time_in = nn.Dense(4 * self.channels, dtype=self.dtype)
         self.time_out = nn.Dense(4 * self.channels, dtype=self.dtype)
@@ -240,29 +241,26 @@ class UNet(nn.Module):
         self.norm = GroupNorm(self.dtype)
         self.out = conv3x3(self.out_channels, self.dtype, zero=True)
 
-    def embed(self, t: Int[Array, " b"]) -> Float[Array, "b d"]:
-        """The time embedding that every block reads [B, 4C]."""
+    def embed(self, t: Times) -> Float[Array, "b d"]:
+        """The time embedding [B, 4 · channels] that every block reads."""
         embedding = time_embedding(t, self.channels).astype(self.dtype)
         return self.time_out(nn.silu(self.time_in(embedding)))
 
     def encode(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
-        nudges: Features | None = None,
-        train: bool = False,
+        self, x: Images, t: Times, perturbations: Features | None = None, train: bool = False
     ) -> Features:
         """The hidden representations of x at noise level t.
 
-        nudges: added to each representation as it is made, before later blocks read it. The
-        gradient at zero nudges is then the total derivative with respect to the representations.
+        perturbations: added to each representation before later blocks read it. At 0, the gradient
+        of a function of the features with respect to them is the total derivative with respect to
+        the representations.
         """
         embedding = self.embed(t)
-        skips = []
+        skips: list[Array] = []
 
         def keep(h):
-            if nudges is not None:
-                h = h + nudges.skips[len(skips)]
+            if perturbations is not None:
+                h = h + perturbations.skips[len(skips)]
             skips.append(h)
             return h
 
@@ -273,14 +271,12 @@ class UNet(nn.Module):
             if level < len(self.down):
                 h = keep(self.down[level](h, embedding, train))
         h = self.mid_out(self.mid_in(h, embedding, train), embedding, train)
-        if nudges is not None:
-            h = h + nudges.mid
+        if perturbations is not None:
+            h = h + perturbations.mid
         return Features(h, tuple(skips))
 
-    def decode(
-        self, features: Features, t: Int[Array, " b"], train: bool = False
-    ) -> Float[Array, "b h w c"]:
-        """The output [B, H, W, out_channels], float32, of representations at noise level t."""
+    def decode(self, features: Features, t: Times, train: bool = False) -> Images:
+        """The output, float32 [B, H, W, out_channels], for representations at noise level t."""
         embedding = self.embed(t)
         h, skips = features.mid, list(features.skips)
         for level, blocks in reversed(list(enumerate(self.decoder))):

@@ -1,55 +1,48 @@
-"""Augmentation of what the classifier sees, inside the training step.
+"""Augmentation of the classifier's images, inside the training step.
 
-Owns the operations, and the named policies made of them. Knows no model and no loss. The diffusion
-term never sees an augmented image.
+An operation is a function of an image [H, W, C] and of uniform random numbers in [0, 1). `augment`
+draws these numbers from a key for each image and vmaps the operation over the batch, so row i
+depends on its image, the key and i only, whatever the size of the batch. MixUp is the exception: it
+mixes pairs of images of a batch. Lengths are shares of the image's side, for images of any size.
 
-An operation is a function of an image [H, W, C] and as many numbers, drawn evenly from [0, 1), as
-it asks for. `augment` vmaps each over the batch, with the numbers drawn from a key for every image,
-so that row i depends on its image and its key alone, whatever the size of the batch. MixUp alone
-looks at the batch: it pairs its images. Sizes are shares of the side, so that 8×8 works as 32×32
-does. Grey images are spared what is done to colour.
-
-(15)  mixup        x = (1 - s) x_i + s x_j,  L = (1 - s) CE(y_i) + s CE(y_j)   Zhang et al. 2018
+(15)  MixUp        x = (1 - s) x_i + s x_j,  L = (1 - s) CE(y_i) + s CE(y_j)   Zhang et al. 2018
 """
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jdm import names
+from jdm.arrays import Images
+
 Image = Float[Array, "h w c"]
-Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""] | float
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and kornia weigh red, green and blue
 
 
-# Where pixels come from --------------------------------------------------------------------------
-
-
 def sample_at(image: Image, y: Array, x: Array, fill: float | None) -> Image:
-    """The image at fractional rows y and columns x [H, W], bilinear.
+    """The image at fractional rows y and columns x [H, W], by bilinear interpolation.
 
-    fill: what lies outside, blended in beyond the last pixel; None continues the edge.
+    fill: the value outside the image; None repeats the pixels at the edge.
     """
-    # Not dm_pix.affine_transform: it multiplies the coordinates as matrices, which accelerators
-    # round, and to it a border pixel that is off by a rounding error is outside.
     mode = dict(mode="nearest") if fill is None else dict(mode="constant", cval=fill)
-    at = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=[y, x], order=1, **mode)
-    return jax.vmap(at, in_axes=-1, out_axes=-1)(image)
+    sample: Callable = partial(jax.scipy.ndimage.map_coordinates, order=1, **mode)
+    return jax.vmap(sample, in_axes=(-1, None), out_axes=-1)(image, [y, x])
 
 
 def affine(
     image: Image, degrees: Scalar, scale: Scalar, down: Scalar, right: Scalar, fill: float | None
 ) -> Image:
-    """Rotated counter-clockwise about the centre, enlarged by scale, then moved.
+    """The image rotated counter-clockwise about its centre, enlarged by `scale`, then shifted.
 
-    down, right: shares of the side. fill: see `sample_at`.
+    down, right: the shift, as shares of the side. fill: see `sample_at`.
     """
     height, width, _ = image.shape
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
@@ -61,27 +54,29 @@ def affine(
 
 
 def rotate(image: Image, degrees: Scalar, fill: float | None) -> Image:
-    """Rotated counter-clockwise about the centre. fill: of the corners."""
+    """The image rotated counter-clockwise about its centre. fill: see `sample_at`."""
     return affine(image, degrees, 1.0, 0.0, 0.0, fill)
 
 
 def resized_crop(image: Image, top: Scalar, left: Scalar, height: Scalar, width: Scalar) -> Image:
-    """A box of whole pixels, bilinearly brought back to the size of the image, corner to corner."""
+    """A box of the image, resized bilinearly to its size; corner pixels stay in the corners."""
     rows, columns, _ = image.shape
     y = top + jnp.linspace(0, 1, rows) * (height - 1)
     x = left + jnp.linspace(0, 1, columns) * (width - 1)
-    return sample_at(image, *jnp.meshgrid(y, x, indexing="ij"), fill=None)
+    y, x = jnp.meshgrid(y, x, indexing="ij")
+    return sample_at(image, y, x, fill=None)
 
 
 def random_resized_crop(image: Image, u: Float[Array, "22"], area: tuple[float, float]) -> Image:
-    """A box of a share of the area and of an aspect from 3:4 to 4:3, anywhere in the image.
+    """A random box, resized to the size of the image.
 
-    As kornia draws it: ten attempts, the first that is smaller than the image both ways.
+    area: the range of the box's share of the image. Its aspect ratio is between 3:4 and 4:3. As in
+    kornia, it is the first of ten random boxes that is smaller than the image along both sides.
     """
     rows, columns, _ = image.shape
     pixels = rows * columns * (area[0] + (area[1] - area[0]) * u[:10])
     aspect = (4 / 3) ** (2 * u[10:20] - 1)
-    # Should none fit: three quarters of the image.
+    # If none fits, the eleventh box is taken.
     heights = jnp.append(jnp.round(jnp.sqrt(pixels / aspect)), round(0.75 * rows))
     widths = jnp.append(jnp.round(jnp.sqrt(pixels * aspect)), columns)
     fits = ((heights < rows) & (widths < columns)).at[-1].set(True)
@@ -93,14 +88,14 @@ def random_resized_crop(image: Image, u: Float[Array, "22"], area: tuple[float, 
 def random_affine(
     image: Image, u: Float[Array, "4"], degrees: float, scale: float, shift: float
 ) -> Image:
-    """Rotated by up to ±degrees, scaled by 1 ± scale, moved by up to ±shift of the side."""
+    """Rotated by up to ±degrees, scaled by 1 ± scale, shifted by up to ±shift of the side."""
     angle, size, down, right = 2 * u - 1
-    # The edge goes on: the background of digits may be of any grey.
+    # Edge pixels are repeated: the background of digits may have any grey.
     return affine(image, degrees * angle, 1 + scale * size, shift * down, shift * right, fill=None)
 
 
 def padded_crop(image: Image, u: Float[Array, "2"], share: float) -> Image:
-    """Moved by whole pixels, up to a share of the side each way; mirrored beyond the edge."""
+    """Shifted by whole pixels, up to ±share of the side, and mirrored beyond the edge."""
     pad = max(1, round(share * image.shape[0]))
     padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     top, left = jnp.floor(u * (2 * pad + 1)).astype(jnp.int32)
@@ -108,11 +103,11 @@ def padded_crop(image: Image, u: Float[Array, "2"], share: float) -> Image:
 
 
 def flip(image: Image, u: Float[Array, "0"]) -> Image:
-    """Left becomes right."""
-    return dm_pix.flip_left_right(image)
+    """The image mirrored left to right."""
+    return image[:, ::-1]
 
 
-# What pixels become: made for images in [0, 1], and clamping to it -------------------------------
+# These operations are for images in [0, 1], and clip the result to [0, 1] unless stated otherwise.
 
 
 def grey(image: Image) -> Float[Array, "h w 1"]:
@@ -121,44 +116,45 @@ def grey(image: Image) -> Float[Array, "h w 1"]:
 
 
 def multiply(image: Image, factor: Scalar) -> Image:
-    """Brightness as PIL and torchvision have it; what kornia calls contrast."""
+    """Brightness of PIL and torchvision, and contrast of kornia: multiplies by the factor."""
     return jnp.clip(image * factor, 0, 1)
 
 
 def add(image: Image, factor: Scalar) -> Image:
-    """What kornia calls brightness: adds factor - 1."""
-    return jnp.clip(dm_pix.adjust_brightness(image, factor - 1), 0, 1)
+    """Brightness of kornia: adds factor - 1."""
+    return jnp.clip(image + (factor - 1), 0, 1)
 
 
 def contrast(image: Image, factor: Scalar) -> Image:
-    """Away from the mean grey of the image, which stays, as in PIL and torchvision."""
-    # Not dm_pix.adjust_contrast: it keeps the mean of each channel.
+    """Contrast of PIL and torchvision: scales differences from the mean luminance of the image."""
     mean = grey(image).mean()
     return jnp.clip(mean + factor * (image - mean), 0, 1)
 
 
 def saturation(image: Image, factor: Scalar) -> Image:
-    """Away from the grey of each pixel, as in PIL and torchvision."""
-    # Not dm_pix.adjust_saturation: it multiplies the S of HSV.
-    mean = grey(image)
-    return jnp.clip(mean + factor * (image - mean), 0, 1)
+    """Saturation of PIL and torchvision: scales differences from the luminance of each pixel."""
+    own = grey(image)
+    return jnp.clip(own + factor * (image - own), 0, 1)
 
 
 def hue(image: Image, turns: Scalar) -> Image:
-    """The colour circle turned; 1 is all the way round. Takes any range, and clamps nothing."""
-    # What all channels have in common does not turn, and dm_pix wants positive channels.
-    least = image.min()
-    return least + dm_pix.adjust_hue(image - least, turns)
+    """Hue shifted by `turns` of the colour circle. RGB values may have any range: not clipped."""
+    low, high = image.min(axis=-1), image.max(axis=-1)
+    (red, green, blue), span = jnp.moveaxis(image, -1, 0), jnp.where(high > low, high - low, 1)
+    # The hue of HSV, in sixths of a turn. Red is at 0, green at 2, blue at 4.
+    angle = jnp.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span)
+    angle = jnp.where(high == red, (green - blue) / span, angle) + 6 * turns
+    distance = jnp.abs((angle[..., None] - jnp.asarray([0, 2, 4]) + 3) % 6 - 3)
+    return low[..., None] + (high - low)[..., None] * jnp.clip(2 - distance, 0, 1)
 
 
 def sharpness(image: Image, factor: Scalar) -> Image:
-    """Away from a smoothed image, as PIL has it: the outermost pixels are not smoothed.
+    """Sharpness of PIL: scales differences from a smoothed image, whose border is not smoothed.
 
-    As in kornia, the smoothed image is clamped always, and the outcome for factors over 1.
+    As in kornia, the smoothed image is clipped, but the result only for factors over 1.
     """
-    around = sum(
-        jnp.roll(image, (down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)
-    )
+    shifts = itertools.product((-1, 0, 1), repeat=2)
+    around = sum(jnp.roll(image, shift, (0, 1)) for shift in shifts)
     smooth = jnp.clip((around + 4 * image) / 13, 0, 1)
     smooth = image.at[1:-1, 1:-1].set(smooth[1:-1, 1:-1])
     out = smooth + factor * (image - smooth)
@@ -166,52 +162,48 @@ def sharpness(image: Image, factor: Scalar) -> Image:
 
 
 def jitter(image: Image, u: Float[Array, "8"], strengths: tuple[float, ...]) -> Image:
-    """Brightness, contrast, saturation and hue of an RGB image, in any order.
+    """Changes brightness, contrast, saturation and hue of an RGB image, in random order.
 
-    strengths: of the four; factors are drawn from 1 ± the first three, turns from ± the last.
+    strengths: s_1 to s_4. The first three factors are in 1 ± s, the turn of the hue is in ± s_4.
     """
     amounts = jnp.asarray([1.0, 1.0, 1.0, 0.0]) + jnp.asarray(strengths) * (2 * u[:4] - 1)
 
-    def step(image, which):
-        change = (multiply, contrast, saturation, hue)
-        return jax.lax.switch(which, change, image, amounts[which]), None
+    def change(image, which):
+        changes = (multiply, contrast, saturation, hue)
+        return jax.lax.switch(which, changes, image, amounts[which]), None
 
-    return jax.lax.scan(step, image, u[4:].argsort())[0]
-
-
-# Policies ----------------------------------------------------------------------------------------
+    return jax.lax.scan(change, image, u[4:].argsort())[0]
 
 
 class Operation(NamedTuple):
-    """apply: (image, numbers [draws]) -> image. probability: that an image gets it.
+    """An operation of a policy, and how many random numbers it takes from `augment`."""
 
-    colour: it needs RGB, and passes grey images by.
-    """
-
-    probability: float
+    probability: float  # that an image gets it
     apply: Callable[[Image, Float[Array, " draws"]], Image]
     draws: int = 1
-    colour: bool = False
+    colour: bool = False  # if true, only RGB images get it
 
 
 class MixUp(NamedTuple):
-    """Probabilities that a batch is mixed at all, and that an image of such a batch is (15).
+    """How images are mixed in pairs (15)."""
 
-    labels: whether the loss mixes them too.
-    """
-
-    batch: float
-    image: float
-    labels: bool
+    batch: float  # the probability that a batch has mixed images
+    image: float  # the probability that an image of such a batch is mixed
+    labels: bool  # whether the loss uses both labels of a mixed image
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Operations in their order, then MixUp. noised: may be given noised images too."""
+    """Operations, in this order, then MixUp. noised: whether noised images may be augmented."""
 
     operations: tuple[Operation, ...]
     mixup: MixUp | None = None
     noised: bool = False
+
+    @property
+    def augments(self) -> bool:
+        """Whether it changes images at all."""
+        return bool(self.operations) or self.mixup is not None
 
     @property
     def flips(self) -> bool:
@@ -220,100 +212,89 @@ class Policy:
 
 
 def between(low: float, high: float, operation: Callable[[Image, Scalar], Image]) -> Callable:
-    """The operation with a factor drawn evenly from [low, high)."""
+    """The operation with a factor drawn uniformly from [low, high)."""
     return lambda image, u: operation(image, low + (high - low) * u[0])
 
 
 def in_unit_range(operation: Callable) -> Callable:
-    """An operation that is made for [0, 1], for images in [-1, 1]."""
+    """The operation, which expects images in [0, 1], for images in [-1, 1]."""
     return lambda image, u: 2 * operation((image + 1) / 2, u) - 1
 
 
-_crop = Operation(0.25, functools.partial(random_resized_crop, area=(0.5, 1.0)), draws=22)
-_flip = Operation(0.5, flip, draws=0)
-_jitter = functools.partial(jitter, strengths=(0.1, 0.1, 0.1, 0.1))
-_mild_jitter = functools.partial(jitter, strengths=(0.2, 0.2, 0.2, 0.02))
-_wiggle = functools.partial(random_affine, degrees=10.0, scale=0.1, shift=1 / 16)
+def deja(pixels: Callable, corner: float, contrast: Callable, brightness: Callable) -> tuple:
+    """The operations of Deja et al. 2023, as published or repaired.
 
-POLICIES: dict[str, Policy] = {
-    "none": Policy((), noised=True),
-    # Deja et al. 2023's, with what kornia 0.6 makes of it. Faults, kept for comparison:
-    # - What changes pixels is made for [0, 1] and is given [-1, 1]. Jitter, contrast and brightness
-    #   clamp all that is darker than the middle to the middle; so does sharpness, over 1.
-    # - kornia's contrast multiplies and its brightness adds; neither turns about the mean.
-    # - Rotation fills the corners with 0, a middle grey.
-    # - Digits are mirrored too.
-    # - MixUp mixes the images and leaves the labels. It tosses a coin for the batch and one for
-    #   each image, so that a quarter of the images is mixed, not half.
-    # - A classifier of noised images gets them augmented after the noise was added.
-    # Not kept: kornia draws the coin of the crop and the order of the jitter once for a batch; here
-    # each image has its own, with the same probability.
-    "published": Policy(
-        (
-            Operation(0.25, _jitter, draws=8, colour=True),
-            _crop,
-            Operation(0.25, between(-30.0, 30.0, functools.partial(rotate, fill=0.0))),
-            _flip,
-            Operation(0.25, between(0.6, 1.8, multiply)),
-            Operation(0.25, between(0.4, 2.0, sharpness)),
-            Operation(0.25, between(0.6, 1.8, add)),
+    pixels: makes an operation on images in [-1, 1] of one on images in [0, 1]. corner: the value of
+    the corners after a rotation.
+    """
+    jitter_all = partial(jitter, strengths=(0.1, 0.1, 0.1, 0.1))
+    return (
+        Operation(0.25, pixels(jitter_all), draws=8, colour=True),
+        Operation(0.25, partial(random_resized_crop, area=(0.5, 1.0)), draws=22),
+        Operation(0.25, between(-30.0, 30.0, partial(rotate, fill=corner))),
+        Operation(0.5, flip, draws=0),
+        Operation(0.25, pixels(between(0.6, 1.8, contrast))),
+        Operation(0.25, pixels(between(0.4, 2.0, sharpness))),
+        Operation(0.25, pixels(between(0.6, 1.8, brightness))),
+    )
+
+
+_mild_jitter = partial(jitter, strengths=(0.2, 0.2, 0.2, 0.02))
+_small_affine = partial(random_affine, degrees=10.0, scale=0.1, shift=1 / 16)
+
+# By config.loss.augment.
+POLICIES: dict[str, Policy] = names.POLICIES.records(
+    {
+        "none": Policy(()),
+        # With the results of kornia 0.6, for comparison. It applies operations for [0, 1] to images
+        # in [-1, 1], and has other faults; docs/augment.md lists them.
+        "published": Policy(
+            deja(lambda operation: operation, 0.0, multiply, add),
+            MixUp(batch=0.5, image=0.5, labels=False),
+            noised=True,
         ),
-        MixUp(batch=0.5, image=0.5, labels=False),
-        noised=True,
-    ),
-    # The same, with what changes pixels in its range and as PIL has it (a factor of 1 changes
-    # nothing, one of 0 leaves black, grey or a blur), black corners, and MixUp of half of the
-    # images and of their labels. It still mirrors.
-    "repaired": Policy(
-        (
-            Operation(0.25, in_unit_range(_jitter), draws=8, colour=True),
-            _crop,
-            Operation(0.25, between(-30.0, 30.0, functools.partial(rotate, fill=-1.0))),
-            _flip,
-            Operation(0.25, in_unit_range(between(0.6, 1.8, contrast))),
-            Operation(0.25, in_unit_range(between(0.4, 2.0, sharpness))),
-            Operation(0.25, in_unit_range(between(0.6, 1.8, multiply))),
+        # Without these faults. Both mirror images.
+        "repaired": Policy(
+            deja(in_unit_range, -1.0, contrast, multiply), MixUp(batch=1.0, image=0.5, labels=True)
         ),
-        MixUp(batch=1.0, image=0.5, labels=True),
-    ),
-    # What leaves a digit the digit it is.
-    "digits": Policy((Operation(0.75, _wiggle, draws=4),)),
-    # What leaves a photograph one of the same thing.
-    "natural": Policy(
-        (
-            _flip,
-            Operation(1.0, functools.partial(padded_crop, share=1 / 8), draws=2),
-            Operation(0.5, in_unit_range(_mild_jitter), draws=8, colour=True),
-        )
-    ),
-}
+        # For digits: the changes are too small to make another digit.
+        "digits": Policy((Operation(0.75, _small_affine, draws=4),)),
+        # For photographs.
+        "natural": Policy(
+            (
+                Operation(0.5, flip, draws=0),
+                Operation(1.0, partial(padded_crop, share=1 / 8), draws=2),
+                Operation(0.5, in_unit_range(_mild_jitter), draws=8, colour=True),
+            )
+        ),
+    }
+)
 
 
 class Pairs(NamedTuple):
-    """Whose label counts too, rows of the batch, and for what share of the whole, in [0, 1]."""
+    """For each row of a batch, the row that is mixed into it, and that row's share in [0, 1]."""
 
     partner: Int[Array, " b"]
     share: Float[Array, " b"]
 
 
-@functools.partial(jax.jit, static_argnames="policy")
+@partial(jax.jit, static_argnames="policy")
 def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images, Pairs | None]:
-    """(images augmented under the policy, the pairs whose labels are to be mixed, or None).
+    """(augmented images, the pairs if their labels count for both images, else None).
 
-    images: floats in [-1, 1], and so is what comes back. Row i depends on images[i], the key and i
-    alone, but for MixUp.
+    images: in [-1, 1], before and after.
     """
     image_key, batch_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, jnp.arange(len(images)))
-    # All numbers of an image at once: each draw of its own would take a second to compile.
+    # One draw for all numbers of an image: each draw takes about a second to compile.
     count = sum(1 + operation.draws for operation in policy.operations) + 2
     u = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
     for probability, apply, draws, colour in policy.operations:
-        coin, mine, u = u[:, 0], u[:, 1 : 1 + draws], u[:, 1 + draws :]
+        coin, numbers, u = u[:, 0], u[:, 1 : 1 + draws], u[:, 1 + draws :]
         if images.shape[-1] == 3 or not colour:
-            heads = (coin < probability)[:, None, None, None]
-            images = jnp.where(heads, jax.vmap(apply)(images, mine), images)
+            applied = (coin < probability)[:, None, None, None]
+            images = jnp.where(applied, jax.vmap(apply)(images, numbers), images)
     if policy.mixup is None:
         return images, None
     images, pairs = mix(policy.mixup, batch_key, images, u)
@@ -323,9 +304,10 @@ def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images
 def mix(
     settings: MixUp, key: Key[Array, ""], images: Images, u: Float[Array, "b 2"]
 ) -> tuple[Images, Pairs]:
-    """(images, each with its share of another one of the batch, the pairs) (15).
+    """(mixed images, their pairs) (15).
 
-    The partner of a row is drawn for the batch, whether and how much it is mixed for the row.
+    key: draws the partners, and whether the batch is mixed. u: random numbers in [0, 1) that decide
+    whether a row is mixed, and the share of its partner.
     """
     numbers = jax.random.uniform(key, (len(images) + 1,))
     mixed = (numbers[0] < settings.batch) & (u[:, 0] < settings.image)

@@ -1,11 +1,8 @@
-"""How the noise levels of a batch are drawn, and what each row counts for it.
+"""Samplers of t: they draw the noise levels of a batch, and give each row an importance weight.
 
-Owns the distribution over t and what it remembers of past losses. Does not know what a loss is.
-
-(10c)  loss_second_moment   p_t proportional to sqrt(E[L_t²]) over the last ten losses at t, mixed
-                            with a share of 0.001 of uniform draws; a row counts 1 / (p_t T), so
-                            that the expected loss is that of uniform draws. Until every t has ten
-                            losses, draws are uniform.     Nichol & Dhariwal 2021, section 3.3
+(10c)  p_t is proportional to sqrt(E[L_t²]) over the last ten losses at t. A row's weight is
+       1 / (p_t T), so the expected loss is that of uniform draws. One draw in 1000 is uniform, and
+       all are until every t has ten losses.      Nichol & Dhariwal 2021, section 3.3
 """
 
 from collections.abc import Callable
@@ -15,68 +12,73 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-KEPT = 10  # losses that are remembered at each t
-UNIFORM = 0.001  # share of the draws that are uniform
+from jdm import names
+from jdm.arrays import Times
+from jdm.training.terms.base import PerRow
+
+KEPT = 10  # the number of losses that are kept at each t
+UNIFORM = 0.001  # the share of uniform draws
 
 
 class TSampler(NamedTuple):
-    """Three pure functions; a history is a pytree of arrays, None where nothing is remembered.
+    """Three pure functions. A history is a pytree of arrays, or None.
 
-    init: () -> history. draw: (key, history, B) -> (t int32 [B] in [0, T), what each row counts,
-    float32 [B], 1 on average). update: (history, t [B], losses [B]) -> history.
+    init: () -> history. draw: (key, history, B) -> (t int32 [B] in [0, T), importance weights
+    float32 [B], 1 on average). update: (history, t [B], {term: values [B]}) -> history. term: the
+    name of the term of the loss whose values the history keeps; None if it keeps none.
     """
 
     init: Callable[[], Any]
-    draw: Callable[..., tuple[Int[Array, " b"], Float[Array, " b"]]]
+    draw: Callable[..., tuple[Times, PerRow]]
     update: Callable[..., Any]
+    term: str | None = None
 
 
 class History(NamedTuple):
-    """The last losses at each t. losses: a ring [T, KEPT]. seen: how many there were, int32 [T]."""
+    """The last losses at each t, and the number of losses so far at each t."""
 
-    losses: Float[Array, "t kept"]
+    losses: Float[Array, "t kept"]  # a ring buffer for each t
     seen: Int[Array, " t"]
 
 
 def uniform(steps: int) -> TSampler:
-    """Every t alike."""
+    """Every t is equally likely."""
 
     def draw(key: Key[Array, ""], history: None, rows: int):
         return jax.random.randint(key, (rows,), 0, steps), jnp.ones(rows)
 
-    return TSampler(lambda: None, draw, lambda history, t, losses: history)
+    return TSampler(lambda: None, draw, lambda history, t, values: history)
 
 
 def loss_second_moment(steps: int) -> TSampler:
-    """(10c): noise levels where the loss is large or uneven come more often, and count less."""
+    """(10c): noise levels with large losses are drawn more often, with less weight."""
+    term = "diffusion"
 
     def init():
         return History(jnp.zeros((steps, KEPT)), jnp.zeros(steps, jnp.int32))
 
     def draw(key: Key[Array, ""], history: History, rows: int):
-        spread = jnp.sqrt((history.losses**2).mean(axis=1))
-        p = (1 - UNIFORM) * spread / spread.sum() + UNIFORM / steps
+        root = jnp.sqrt((history.losses**2).mean(axis=1))
+        p = (1 - UNIFORM) * root / root.sum() + UNIFORM / steps
         p = jnp.where((history.seen >= KEPT).all(), p, 1 / steps)
         t = jax.random.choice(key, steps, (rows,), p=p)
         return t, 1 / (steps * p[t])
 
-    def update(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]):
-        # Rows of one t, in their order, go to slots of the ring that follow each other.
+    def update(history: History, t: Times, values: dict[str, PerRow]):
+        # After sorting by t, rows with the same t take consecutive slots of its ring buffer.
         order = jnp.argsort(t, stable=True)
-        t, losses = t[order], losses[order]
+        t, losses = t[order], values[term][order]
         first, end = (jnp.searchsorted(t, t, side=side) for side in ("left", "right"))
         place = jnp.arange(len(t))
         slot = (history.seen[t] + place - first) % KEPT
-        # Of more than ten rows of one t only the last ten are written: no slot twice.
+        # Only the last KEPT rows with the same t are written, so that no slot is written twice.
         row = jnp.where(place >= end - KEPT, t, steps)
-        return History(
-            history.losses.at[row, slot].set(losses, mode="drop"), history.seen.at[t].add(1)
-        )
+        kept = history.losses.at[row, slot].set(losses, mode="drop")
+        return History(kept, history.seen.at[t].add(1))
 
-    return TSampler(init, draw, update)
+    return TSampler(init, draw, update, term)
 
 
-T_SAMPLERS: dict[str, Callable[[int], TSampler]] = {
-    "uniform": uniform,
-    "loss_second_moment": loss_second_moment,
-}
+T_SAMPLERS: dict[str, Callable[[int], TSampler]] = names.T_SAMPLERS.records(
+    {"uniform": uniform, "loss_second_moment": loss_second_moment}
+)

@@ -1,51 +1,48 @@
-"""Warm starts: a run that begins with the weights of another.
+"""Warm starts: a run that begins with the weights of another run.
 
-Owns what is taken over and what stays new. Of two runs on other data, or with other classes, the
-networks are the same and the heads may differ: a head's array that does not fit stays as it was
-initialised. Anything else that does not fit is an error, since the network would be another.
+The UNets must be identical. The classifier heads may differ, for example in the number of classes:
+an array of the head that does not fit keeps its initial value.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jdm import trees
+from jdm.errors import NO_VALUE, InvalidValue
 from jdm.training.step import TrainState
 
 
 def new_arrays(ours: Any, saved: Any) -> list[str]:
-    """Names of the arrays of {params, batch_stats} that `saved` has nothing for.
+    """Names, such as head/out/kernel, of the arrays that keep their initial values.
 
-    Raises ValueError, naming the first, where one of the network's does not fit, or `saved` has one
-    that the network lacks.
+    ours, saved: {params, batch_stats} of the new run and of the other one.
+
+    Raises InvalidValue about config.train.init_from if an array outside the head differs in shape
+    or dtype, or exists in one of the two only.
     """
-    ours, saved = flatten_dict(ours), flatten_dict(saved)
-
-    def describe(tree, path):
-        return f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing"
-
-    differ = [path for path in ours | saved if describe(ours, path) != describe(saved, path)]
-    unfit = [path for path in differ if path[1] != "head"]
+    differ = {_name(found.path): found for found in trees.differences(ours, saved)}
+    unfit = [name for name in differ if not name.startswith("head/")]
     if unfit:
+        _, here, there = differ[unfit[0]]
         more = f"; {len(unfit) - 1} more differ" if len(unfit) > 1 else ""
-        raise ValueError(
-            f"its network is another: {'/'.join(unfit[0][1:])} is {describe(saved, unfit[0])} "
-            f"there and {describe(ours, unfit[0])} here{more}"
-        )
-    return ["/".join(path[1:]) for path in differ if path in ours]
+        allowed = f"has another network: {unfit[0]} is {there} there and {here} here{more}"
+        raise InvalidValue("config.train.init_from", NO_VALUE, allowed)
+    return [name for name, found in differ.items() if found.wanted != "nothing"]
 
 
 def warm_started(state: TrainState, saved: Any) -> TrainState:
-    """A state before its first step, with the saved {params, batch_stats} where they fit."""
+    """The state before the first step, with the saved {params, batch_stats} where they fit."""
     ours = {"params": state.params, "batch_stats": state.batch_stats}
-    new, flat = set(new_arrays(ours, saved)), flatten_dict(saved)
-    weights = unflatten_dict(
-        {
-            path: x if "/".join(path[1:]) in new else flat[path]
-            for path, x in flatten_dict(ours).items()
-        }
-    )
-    weights = {**ours, **weights}  # an empty collection has no path
-    ema = jax.tree.map(jnp.copy, weights)  # of its own, since the step gives its state away
-    return state.replace(**weights, ema=ema)
+    new, saved = set(new_arrays(ours, saved)), trees.leaves(saved)
+    leaves = [x if _name(path) in new else saved[path] for path, x in trees.leaves(ours).items()]
+    weights = jax.tree.unflatten(jax.tree.structure(ours), leaves)
+    # The EMA is a copy: a buffer that a step donates twice is an error.
+    ema = jax.tree.map(jnp.copy, weights)
+    return state.replace(**weights, ema=ema)  # type: ignore[attr-defined]  # of flax.struct
+
+
+def _name(path: str) -> str:
+    """The path of an array, without its collection params or batch_stats."""
+    return path.partition("/")[2]

@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jdm.configs import base
-from jdm.nn.model import JointModel
+from jdm.nn.model import JointModel, example_inputs
 
 SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)
 
@@ -20,15 +19,15 @@ def tiny_model():
 
     @functools.cache
     def make(**changes) -> JointModel:
-        return JointModel(**{**base.get_config().model, **SMALL, "head_width": 16, **changes})
+        fields = {**base.get_config().model, "dtype": "float32", "remat": False}
+        return JointModel(**{**fields, **SMALL, "head_width": 16, **changes})
 
     return make
 
 
 def initialise(model: JointModel, key):
     """The parameters as training starts with them."""
-    x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-    return model.init(key, x, jnp.zeros((1,), jnp.int32))["params"]
+    return model.init(key, *example_inputs(model))["params"]
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdm.nn.heads import HEAD_TIMES, HEADS, BatchNorm, NormalisedHead, PublishedHead
+from jdm.nn.heads import HEAD_TIMES, HEADS
+from jdm.nn.heads.normalised import NormalisedHead
+from jdm.nn.heads.published import BatchNorm, PublishedHead
 from jdm.nn.unet import Features
 
 RNG = np.random.default_rng(0)
@@ -74,7 +77,7 @@ def inputs(t):
 
 
 def by_formula(weights, t, train):
-    """(logits, {norm: (mean, var) after}) of REFERENCE's words, in float64."""
+    """(logits, {norm: (mean, var) after}), from the published formulas in float64."""
     params, stats = (float64(weights[name]) for name in ("params", "batch_stats"))
     after = {}
 
@@ -98,7 +101,7 @@ def test_the_published_head_is_its_formula(weights, run):
     assert weights["params"]["in"]["kernel"].shape == (5 + 3 + 4 + 1, 6)  # (F + 1, F // 2)
     logits, stats = run(T)
     np.testing.assert_allclose(logits, by_formula(weights, T, False)[0], rtol=1e-3, atol=1e-3)
-    jax.tree.map(np.testing.assert_array_equal, stats, weights["batch_stats"])  # used, not moved
+    chex.assert_trees_all_equal(stats, weights["batch_stats"])  # used, not changed
 
 
 def test_in_training_it_normalises_by_the_batch_and_remembers_the_unbiased_variance(weights, run):
@@ -139,12 +142,12 @@ def test_head_time_zero_is_the_head_at_time_zero(tiny_model, head):
 
     @jax.jit
     def logits():
-        asked = ((raw, 0 * t), (zero, t), (raw, t))
-        return [model.apply(weights, features, at, method="classify") for model, at in asked]
+        cases = ((raw, 0 * t), (zero, t), (raw, t))
+        return [model.apply(weights, features, at, method="classify") for model, at in cases]
 
-    at_zero, told_zero, told = logits()
-    np.testing.assert_array_equal(at_zero, told_zero)
-    assert np.abs(told - told_zero)[1:].max() > 1e-3
+    at_zero, given_zero, given_t = logits()
+    np.testing.assert_array_equal(at_zero, given_zero)
+    assert np.abs(given_t - given_zero)[1:].max() > 1e-3
 
 
 def test_dropout_acts_before_each_norm_in_training(weights):
@@ -161,7 +164,7 @@ def test_dropout_acts_before_each_norm_in_training(weights):
 
 
 def test_a_batch_of_one_has_no_variance():
-    with pytest.raises(ValueError, match=r"^data\.batch_size=1 is too few .* 2 or more"):
+    with pytest.raises(ValueError, match=r"^config\.data\.batch_size=1 is too few .* 2 or more"):
         BatchNorm().init(jax.random.key(0), jnp.ones((1, 4)), True)
 
 
@@ -175,7 +178,7 @@ EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
 from jdm.mesh import make_mesh, to_global
-from jdm.nn.heads import BatchNorm
+from jdm.nn.heads.published import BatchNorm
 
 x = to_global({"x": np.load(sys.argv[1])}, make_mesh())["x"]
 assert len(x.addressable_shards) == 8

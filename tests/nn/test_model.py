@@ -2,14 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdm.nn.heads import HEAD_TIMES, HEADS
-from jdm.nn.model import DTYPES, check_shape
-from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES
+from jdm import names
+from jdm.nn.model import check_shape, example_inputs
 
 
 def noise(seed: int, *shape: int):
@@ -42,7 +42,7 @@ def test_output_has_the_shape_of_the_images_in_float32(tiny_model, changes, in_s
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("resample", RESAMPLES)
+@pytest.mark.parametrize("resample", names.RESAMPLES)
 def test_at_the_start_the_output_is_zero(tiny_model, tiny_params, starting_params, apply, resample):
     model = tiny_model(**({"resample": resample, "attention": ()} if resample != "conv" else {}))
     raw, logits = apply(model, starting_params(model), "predict", X, T)
@@ -120,12 +120,12 @@ def test_the_head_reads_every_representation_by_its_mean(tiny_model, tiny_params
 
 
 def test_the_head_reads_the_time_itself(tiny_model, tiny_params, apply):
-    """Of the same representations, said to be of another noise level, it says something else."""
+    """The same representations at another t have other logits."""
     model = tiny_model()
     params = tiny_params(model)
     features = apply(model, params, "encode", X, T)
-    said = [apply(model, params, "classify", features, t) for t in (T, T + 100)]
-    assert np.abs(said[0] - said[1]).max(axis=1).min() > 1e-3
+    early, late = (apply(model, params, "classify", features, t) for t in (T, T + 100))
+    assert np.abs(early - late).max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("where", ["dropout", "head_dropout"])
@@ -148,8 +148,8 @@ def test_dropout_acts_in_training(tiny_model, tiny_params, where):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"attention": (5,)}, r"model\.attention=\(5,\) asks for 5.*model\.image_size=8.*\(8, 4\)"),
-        ({"attention": (4, 2)}, r"model\.attention=\(4, 2\) asks for 2"),
+        ({"attention": (5,)}, r"model\.attention=\(5,\) contains 5.*model\.image_size=8.*\(8, 4\)"),
+        ({"attention": (4, 2)}, r"model\.attention=\(4, 2\) contains 2"),
         ({"image_size": 7}, r"model\.image_size=7 does not divide by 2.*model\.multipliers"),
         ({"image_size": 12, "multipliers": (1, 2, 2, 2)}, r"model\.image_size=12 .* 8"),
         ({"heads": 3}, r"model\.heads=3 does not divide the 16 channels"),
@@ -160,34 +160,33 @@ def test_dropout_acts_in_training(tiny_model, tiny_params, where):
         ({"attention_order": "x"}, r"model\.attention_order='x' .* head_first, qkv_first"),
         ({"head": "linear"}, r"model\.head='linear' is unknown; known: normalised, published"),
         ({"head_time": "t"}, r"model\.head_time='t' is unknown; known: raw, zero"),
-        ({"dtype": "float16"}, r"model\.dtype='float16' is unknown; known: float32, bfloat16"),
+        ({"dtype": "float16"}, r"exec\.dtype='float16' is unknown; known: float32, bfloat16"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_one_sentence_with_the_key(tiny_model, changes, message):
     model = tiny_model(**changes)
-    with pytest.raises(ValueError, match=f"^{message}") as error:
+    with pytest.raises(ValueError, match=rf"^config\.{message}") as error:
         check_shape(model)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        x = jnp.zeros((1, model.image_size, model.image_size, 1))
-        jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))
+    with pytest.raises(ValueError, match=rf"^config\.{message}"):
+        jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))
 
 
 def test_every_known_name_fits(tiny_model):
     for key, known in {
-        "resample": RESAMPLES,
-        "attention_order": ATTENTION_ORDERS,
-        "head": HEADS,
-        "head_time": HEAD_TIMES,
-        "dtype": DTYPES,
+        "resample": names.RESAMPLES,
+        "attention_order": names.ATTENTION_ORDERS,
+        "head": names.HEADS,
+        "head_time": names.HEAD_TIMES,
+        "dtype": names.DTYPES,
     }.items():
         for name in known:
             check_shape(tiny_model(**{key: name}))
     check_shape(tiny_model(heads=3, attention=(), multipliers=(1, 3)))
 
 
-# Computing again instead of keeping.
+# Recomputing instead of keeping.
 
 
 def kept_bytes(model, params) -> int:
@@ -204,8 +203,7 @@ def kept_bytes(model, params) -> int:
 def test_remat_keeps_less_for_the_gradient_and_names_weights_alike(tiny_model, tiny_params):
     model, again = (tiny_model(resample="resblock", remat=remat) for remat in (False, True))
     params = tiny_params(model)
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tiny_params(m)) for m in (model, again)]
-    assert shapes[0] == shapes[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, tiny_params(again))
     assert kept_bytes(again, params) < kept_bytes(model, params) / 3
 
 
@@ -217,4 +215,4 @@ def test_remat_changes_no_output(tiny_model, tiny_params):
         model = tiny_model(**shape, remat=remat)
         run = jax.jit(functools.partial(model.apply, train=True))
         found.append(run({"params": params}, X, T, rngs={"dropout": jax.random.key(1)}))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *found)
+    chex.assert_trees_all_close(*found, atol=1e-5)

@@ -1,5 +1,8 @@
-"""jdm.nn.unet: the network of the published recipes, and what nudges do inside it."""
+"""jdm.nn.unet: the network of the published recipes, and feature perturbations inside it."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +63,7 @@ def test_published_networks_have_their_number_of_parameters(in_channels, paramet
     assert out.shape == (2, unet.image_size, unet.image_size, in_channels)
 
 
-def test_attention_stands_where_it_is_asked_for_and_in_the_middle():
+def test_attention_is_at_the_given_sides_and_in_the_middle():
     shape = dict(image_size=28, channels=8, multipliers=(1, 2, 2), out_channels=1)
     for attention, levels in {(): set(), (28,): {0}, (14, 7): {1, 2}}.items():
         params, _ = at_init(UNet(**{**PUBLISHED, "blocks": 1}, **shape, attention=attention), 1)
@@ -137,7 +140,7 @@ def test_resizes_are_nearest_and_average():
 
 
 def test_attention_orders_are_the_same_columns_in_another_order():
-    heads, channels = 3, 12
+    heads, channels = 2, 12  # with 3 heads, one order would be the inverse of the other
     x = noise(0, 2, 2, 2, channels)
     by_head = Attention(heads, FLOAT, "head_first")
     params = random_params(by_head, x)
@@ -178,37 +181,32 @@ def test_levels_halve():
 
 @pytest.mark.parametrize("size, levels, divisor", [(28, 4, 8), (7, 2, 2), (30, 3, 4)])
 def test_a_size_that_does_not_halve_evenly_is_one_sentence_with_the_key(size, levels, divisor):
-    with pytest.raises(ValueError, match=rf"^model\.image_size={size} .* {divisor}, .*$"):
+    with pytest.raises(ValueError, match=rf"^config\.model\.image_size={size} .* {divisor}, .*$"):
         level_sizes(size, levels)
 
 
-# Nudges.
+# Feature perturbations.
 
 X, T = noise(0, 3, 8, 8, 1), jnp.asarray([0, 10, 500], jnp.int32)
 
 
 @pytest.fixture(scope="module")
 def encode(tiny_model, tiny_params, apply):
-    """encode(nudges, change={path: delta}) -> Features of X, with parameters changed."""
+    """encode(perturbations, change={path: delta}) -> Features of X, with parameters changed."""
     model = tiny_model()
     params = tiny_params(model)
 
-    def run(nudges=None, change=()):
+    def run(perturbations=None, change=()):
         flat = flatten_dict(params["unet"])
         for path, delta in dict(change).items():
             flat[path] = flat[path] + delta
         changed = {**params, "unet": unflatten_dict(flat)}
-        return apply(model, changed, "encode", X, T, *([] if nudges is None else [nudges]))
+        return apply(model, changed, "encode", X, T, *filter(None, [perturbations]))
 
     return run
 
 
-def zeros_like(features: Features) -> Features:
-    return jax.tree.map(jnp.zeros_like, features)
-
-
-def assert_close(a: Features, b: Features):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
+assert_close = functools.partial(chex.assert_trees_all_close, atol=2e-5)
 
 
 def test_features_are_every_output_of_the_encoder_in_order(encode):
@@ -218,9 +216,9 @@ def test_features_are_every_output_of_the_encoder_in_order(encode):
     assert features.mid.shape[1:] == (4, 4, 16)
 
 
-def test_zero_nudges_change_nothing(encode):
+def test_zero_perturbations_change_nothing(encode):
     plain = encode()
-    assert_close(encode(zeros_like(plain)), plain)
+    assert_close(encode(jax.tree.map(jnp.zeros_like, plain)), plain)
 
 
 @pytest.mark.parametrize(
@@ -233,15 +231,15 @@ def test_zero_nudges_change_nothing(encode):
         (4, ("mid_out", "residual", "conv_out", "bias")),  # the bottleneck, after the skips
     ],
 )
-def test_a_nudge_is_seen_by_later_blocks_as_if_the_layer_had_made_it(encode, place, bias):
+def test_later_blocks_read_a_perturbation_as_part_of_the_layers_output(encode, place, bias):
     """One number per channel, added to the bias that ends the layer, must do the same."""
     plain = encode()
     before = [*plain.skips, plain.mid]
     delta = noise(1, before[place].shape[-1])
-    nudges = [np.zeros_like(z) + (delta if i == place else 0) for i, z in enumerate(before)]
-    nudged = encode(Features(nudges[-1], tuple(nudges[:-1])))
-    assert_close(nudged, encode(change={bias: delta}))
-    after = [*nudged.skips, nudged.mid]
+    added = [np.zeros_like(z) + (delta if i == place else 0) for i, z in enumerate(before)]
+    perturbed = encode(Features(added[-1], tuple(added[:-1])))
+    assert_close(perturbed, encode(change={bias: delta}))
+    after = [*perturbed.skips, perturbed.mid]
     for i in range(place):
         np.testing.assert_allclose(after[i], before[i], atol=1e-6)
     np.testing.assert_allclose(after[place], before[place] + delta, atol=1e-5)
