@@ -2,19 +2,18 @@
 
     python benchmarks/data.py --folder=PATH [--seconds=5]
 
-PATH holds images as folder:PATH does, tens of thousands of them; JPEG files of 32×32, for what
-docs/results.md says. Needs the extra `torch`. Protocol: two cores; batches of 256 of 32×32×3 in
-random order, on the host. Each way runs three times, in turn with the others, in a process of its
-own: its first batches are not counted, then those of so many seconds are. Everyone reads the same:
+PATH is a folder of tens of thousands of images, with a sub-folder for each class; 32×32 JPEG files
+for docs/performance.md. Needs the extra `torch`. Protocol: two cores; batches of 256 images of
+32×32×3 in random order, on the host. Each method runs three times, alternating with the others, in
+a new process each time. The first batches are not counted. All methods read the same images:
 
-    from the decoded images   one uint8 array, mapped from the file that jdm has decoded them to;
-                              grain with its default ReadOptions, the DataLoader with two workers
-    from the encoded images   the DataLoader's two workers open the files with PIL; ours decode the
-                              records of `jdm data prepare`, once and for all before the first batch
-                              or in two workers whenever they are asked for
+    decoded images   one uint8 array, mapped from the file of decoded images; grain with its default
+                     ReadOptions, the DataLoader with two workers
+    encoded images   the DataLoader's two workers open the files with PIL; jdm decodes the records
+                     of `jdm data prepare`: once before the first batch, or always in two workers
 
-Prints the medians, the three runs of each, and how many times the others ours is; then how long
-preparing, decoding and opening took. Writes nothing but a temporary folder, which is removed.
+Prints the median and the three runs of each method, and the speed of jdm relative to the others;
+then the time to prepare, decode and open the images. Writes only a temporary folder.
 """
 
 import argparse
@@ -33,11 +32,12 @@ from pathlib import Path
 import numpy as np
 
 from jdm.data.folder import listing
-from jdm.data.images import decoded
+from jdm.data.images import decoded_split
+from jdm.data.lookup import dataset
 from jdm.data.pipeline import train_batches
 from jdm.data.prepare import prepare
 from jdm.data.records import Records
-from jdm.data.splits import load_split, training_set
+from jdm.data.splits import ReadOptions, load_split, training_set
 
 BATCH, SIZE, CHANNELS, WORKERS, RUNS, WARM_UP = 256, 32, 3, 2, 3, 20
 
@@ -46,9 +46,8 @@ class Rows:
     """A decoded split, image by image."""
 
     def __init__(self, folder: str, data_dir: str):
-        images, labels = whole(folder, data_dir)
-        self._images = np.asarray(images)  # a row of a memmap is slower than one of an array
-        self._labels = labels
+        images, self._labels = load_split(f"folder:{folder}", "train", read_options(data_dir))
+        self._images = np.asarray(images)  # rows of a memmap are slower
 
     def __len__(self) -> int:
         return len(self._images)
@@ -73,16 +72,12 @@ class Files:
         return np.asarray(Image.open(self._root / path).convert("RGB")), label
 
 
-def whole(folder: str, data_dir: str, cache_dir: str = "") -> tuple[np.ndarray, np.ndarray]:
-    name = f"folder:{folder}"
-    shape = dict(size=SIZE, channels=CHANNELS)
-    return load_split(name, "train", data_dir, cache_dir=cache_dir, **shape)
+def read_options(data_dir: str, workers: int = 0) -> ReadOptions:
+    return ReadOptions(data_dir, SIZE, CHANNELS, workers=workers)
 
 
 def ours(folder: str, data_dir: str, workers: int = 0) -> Iterator:
-    name = f"folder:{folder}"
-    shape = dict(size=SIZE, channels=CHANNELS)
-    images, labels = training_set(name, data_dir, seed=0, workers=workers, **shape)
+    images, labels = training_set(f"folder:{folder}", read_options(data_dir, workers), seed=0)
     return train_batches(images, labels, batch_size=BATCH, seed=0, workers=workers)
 
 
@@ -124,8 +119,8 @@ def data_loader_of_files(folder: str, data_dir: str) -> Iterator:
     return data_loader(Files(folder))
 
 
-def images_per_second(way, folder: str, data_dir: str, seconds: float) -> float:
-    batches = way(folder, data_dir)
+def images_per_second(method, folder: str, data_dir: str, seconds: float) -> float:
+    batches = method(folder, data_dir)
     for _ in range(WARM_UP):
         next(batches)
     count, started = 0, time.perf_counter()
@@ -135,8 +130,8 @@ def images_per_second(way, folder: str, data_dir: str, seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
-class Noted(Records):
-    """Records that note when the decoders have started up."""
+class TimedRecords(Records):
+    """Records that store the time at which the decoders have started."""
 
     def __iter__(self) -> Iterator[dict]:
         for i, record in enumerate(super().__iter__()):
@@ -145,11 +140,11 @@ class Noted(Records):
             yield record
 
 
-def decoded_per_second(way, folder: str, data_dir: str, seconds: float) -> float:
-    """Of the whole split, decoded into a folder that is not there yet."""
+def decoded_per_second(method, folder: str, data_dir: str, seconds: float) -> float:
+    """The rate at which the whole split is decoded into a new folder."""
     with tempfile.TemporaryDirectory(dir=data_dir) as fresh:
-        records = Noted(f"folder:{folder}", "train", data_dir)
-        decoded(Path(fresh) / "split", records, SIZE, CHANNELS)
+        records = TimedRecords(dataset(f"folder:{folder}"), "train", data_dir)
+        decoded_split(Path(fresh) / "split", records, SIZE, CHANNELS)
         return (len(records) - WARM_UP * BATCH) / (time.perf_counter() - records.started)
 
 
@@ -159,20 +154,20 @@ DECODED = {
     "DataLoader": (images_per_second, data_loader_of_rows),
 }
 ENCODED = {
-    "ours, once and for all": (decoded_per_second, None),
-    "ours, when asked for": (images_per_second, ours_in_workers),
+    "ours, decoded once": (decoded_per_second, None),
+    "ours, in two workers": (images_per_second, ours_in_workers),
     "DataLoader, PIL": (images_per_second, data_loader_of_files),
 }
 
 
-def measure(ways: dict, *arguments) -> dict[str, list[float]]:
-    """The figures of each way, which took turns, each time in a new process."""
-    figures = {name: [] for name in ways}
+def measure(methods: dict, *arguments) -> dict[str, list[float]]:
+    """Images per second of each method; they alternate, each time in a new process."""
+    figures = {name: [] for name in methods}
     spawn = multiprocessing.get_context("spawn")
     for _ in range(RUNS):
-        for name, (figure, way) in ways.items():
+        for name, (figure, method) in methods.items():
             with ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                figures[name].append(alone.submit(figure, way, *arguments).result())
+                figures[name].append(alone.submit(figure, method, *arguments).result())
     return figures
 
 
@@ -182,7 +177,7 @@ def say(title: str, figures: dict[str, list[float]]) -> None:
     for name, median in medians.items():
         each = ", ".join(f"{one:,.0f}" for one in figures[name])
         ratios = [
-            f"{mine} is {medians[mine] / median:.2f} times that"
+            f"{mine}: {medians[mine] / median:.2f} times as fast"
             for mine in medians
             if mine.startswith("ours") and not name.startswith("ours")
         ]
@@ -191,12 +186,12 @@ def say(title: str, figures: dict[str, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", required=True, help="of images, a sub-folder for each class")
-    parser.add_argument("--seconds", type=float, default=5, help="that a measurement takes")
+    parser.add_argument("--folder", required=True, help="of images, by class")
+    parser.add_argument("--seconds", type=float, default=5, help="of a measurement (%(default)s)")
     arguments = parser.parse_args()
     folder = arguments.folder
 
-    if hasattr(os, "sched_setaffinity"):  # held by every process that this one starts
+    if hasattr(os, "sched_setaffinity"):  # inherited by child processes
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     with tempfile.TemporaryDirectory() as data_dir:
         times = [time.perf_counter()]
@@ -204,13 +199,13 @@ def main() -> None:
         times.append(time.perf_counter())
         prepare(f"folder:{folder}", data_dir, size=SIZE)
         times.append(time.perf_counter())
-        images, _ = whole(folder, data_dir)
+        split = load_split(f"folder:{folder}", "train", read_options(data_dir))
         times.append(time.perf_counter())
-        for title, ways in (("decoded images", DECODED), ("encoded images", ENCODED)):
-            say(title, measure(ways, folder, data_dir, arguments.seconds))
+        for title, methods in (("decoded images", DECODED), ("encoded images", ENCODED)):
+            say(title, measure(methods, folder, data_dir, arguments.seconds))
     preparing, first, again = np.diff(times)
     print(
-        f"\n{len(images):,} images: prepared in {preparing:.1f} s, decoded in {first:.1f} s, "
+        f"\n{len(split.images):,} images: prepared in {preparing:.1f} s, decoded in {first:.1f} s, "
         f"then opened in {again:.2f} s"
     )
 

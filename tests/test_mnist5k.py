@@ -1,4 +1,4 @@
-"""benchmarks/mnist5k.py: real 28×28 digits without a download, as a folder of images."""
+"""benchmarks/mnist5k.py: real 28×28 digits, without a download, as a folder of images."""
 
 import runpy
 from pathlib import Path
@@ -15,17 +15,17 @@ def script():
     return runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "mnist5k.py"))
 
 
-def test_splits_are_of_all_images_and_of_each_class_alike(script):
+def test_splits_hold_all_images_and_the_same_number_of_each_class(script):
     splits = script["mnist5k"]()
     for name, each in (("train", 400), ("test", 100)):
         images, labels = splits[name]
         assert images.shape == (10 * each, 28, 28, 1) and images.max() == 255
         assert np.bincount(labels).tolist() == [each] * 10
     every = np.concatenate([images for images, _ in splits.values()]).reshape(5000, -1)
-    assert len(np.unique(every, axis=0)) > 4990  # MNIST repeats hardly an image: no row was lost
+    assert len(np.unique(every, axis=0)) > 4990  # hardly any duplicates: no row is lost
 
 
-def test_the_folder_holds_them_as_jdm_reads_folders(script, tmp_path, monkeypatch):
+def test_jdm_reads_the_folder(script, tmp_path, monkeypatch):
     few = {name: (x[::100], y[::100]) for name, (x, y) in script["mnist5k"]().items()}
     monkeypatch.setitem(script["write_folder"].__globals__, "mnist5k", lambda: few)
     script["write_folder"](tmp_path / "new")

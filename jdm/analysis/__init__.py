@@ -1,1 +1,1 @@
-"""What one does with a trained model."""
+"""Evaluation of a trained model and of its samples."""

@@ -1,5 +1,7 @@
-"""Images in: named splits of uint8 arrays, and checkpointable batches of them."""
+"""Data sets: splits of uint8 images with labels, and batches whose position can be saved."""
+
+from jdm.errors import Failure
 
 
-class DataError(RuntimeError):
-    """Data that is not there or cannot be read; the message is one sentence."""
+class DataError(Failure):
+    """Data that is missing or cannot be read."""

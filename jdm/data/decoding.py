@@ -1,9 +1,8 @@
-"""Decoding: from encoded images of any kind and size to uint8 pixels of one shape.
+"""Decodes images of any format and size to uint8 pixels of one shape.
 
-Owns what an image goes through, and the processes that many go through at once. An image is turned
-upright where its camera says how, cut to the square in its middle, brought to the asked size
-(bicubic, averaging where it shrinks), and to grey (ITU-R 601) or RGB; what is transparent is taken
-as it is stored.
+Owns the steps of decoding, and the processes that decode many images at once. An image is turned
+upright as its EXIF or XMP data says, converted to grey (ITU-R 601) or RGB, cropped to the square in
+the middle, and resized (bicubic, with antialiasing). An alpha channel is dropped.
 """
 
 import collections
@@ -23,19 +22,19 @@ from jaxtyping import UInt8
 from jdm.data import DataError
 
 MODES = {1: "L", 3: "RGB"}
-VERSION = 1  # of what an image goes through: what another one decoded is decoded again
-MANY = 2048  # images from which processes decode faster than threads, their start included
-MOST = 8  # decoders; one process reads for all of them, and feeds no more
+VERSION = 1  # of the steps above; a new number makes every split be decoded again
+MANY = 2048  # images, above which processes are faster than threads, including their start
+MOST = 8  # decoders at once; the one process that reads the records cannot supply more
 
 
 def decode(encoded: bytes, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
-    """The pixels of one encoded image. Raises whatever PIL raises for a broken one."""
+    """The pixels of one encoded image. Raises an error of PIL, of any type, for a broken one."""
     from PIL import Image, ImageOps
 
-    image = Image.open(io.BytesIO(encoded))
-    if {"exif", "xmp"} & image.info.keys():  # else this would be a copy
+    image: Image.Image = Image.open(io.BytesIO(encoded))
+    if {"exif", "xmp"} & image.info.keys():  # otherwise exif_transpose would only copy
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode != MODES[channels]:
         image = image.convert(MODES[channels])
@@ -49,14 +48,14 @@ def decode(encoded: bytes, size: int, channels: int) -> UInt8[np.ndarray, "size 
 
 
 def check_image(encoded: bytes) -> str:
-    """Why an image cannot be decoded, in a few words; "" where it can."""
+    """Why an image cannot be decoded; "" where it can."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
     except UnidentifiedImageError:
-        return "no image"
+        return "not an image"
     except Exception as error:  # PIL has no type for "broken": OSError, SyntaxError, ValueError, …
         return str(error).replace("\n", " ") or type(error).__name__
     return ""
@@ -64,19 +63,19 @@ def check_image(encoded: bytes) -> str:
 
 @contextlib.contextmanager
 def decoders(images: int) -> Iterator[Callable[[Iterator[tuple]], Iterator[tuple]]]:
-    """Something that maps `_decode_block` over blocks, in order, and takes few of them ahead."""
+    """Yields a function that maps `_decode_block` over blocks, in order and a few blocks ahead.
+
+    images: the number of images in all blocks, which decides between threads and processes.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores or 1, MOST)
-    # Much of the time of a small image is spent in Python, where only one thread at a time runs.
-    among = (
-        _processes(count)
-        if count > 1 and images >= MANY
-        else contextlib.nullcontext(lambda block: _decode_block(*block))
-    )
-    with among as run, ThreadPoolExecutor(count) as pool:
+    # Much of the time for a small image is spent in Python code, which threads run one at a time.
+    here = contextlib.nullcontext(lambda block: _decode_block(*block))
+    runner = _processes(count) if count > 1 and images >= MANY else here
+    with runner as run, ThreadPoolExecutor(count) as pool:
 
         def decode_ahead(blocks):
-            ahead = collections.deque()
+            ahead: collections.deque = collections.deque()
             for block in blocks:
                 ahead.append(pool.submit(run, block))
                 if len(ahead) > 2 * count:
@@ -89,26 +88,24 @@ def decoders(images: int) -> Iterator[Callable[[Iterator[tuple]], Iterator[tuple
 
 @contextlib.contextmanager
 def _processes(count: int) -> Iterator[Callable[[tuple], tuple]]:
-    """Runs `_decode_block` in so many processes, from as many threads.
+    """Yields a function that runs `_decode_block` in one of `count` processes, for many threads.
 
-    Not those of multiprocessing, which run the user's script once more or copy locked locks.
+    multiprocessing is not used: it would import the user's script again (spawn), or copy locks
+    that another thread holds (fork).
     """
-    command = "import sys; from jdm.data.decoding import _serve; _serve(int(sys.argv[1]))"
+    code = "import sys; from jdm.data.decoding import _serve; _serve(int(sys.argv[1]))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    idle = queue.SimpleQueue()
-    with contextlib.ExitStack() as ending:
+    idle: queue.SimpleQueue = queue.SimpleQueue()
+    with contextlib.ExitStack() as stack:
         for _ in range(count):
             ours, theirs = Pipe()
             with theirs:
-                ending.enter_context(  # waits for it; a group apart, so that ^C ends us alone
-                    subprocess.Popen(
-                        [sys.executable, "-c", command, str(theirs.fileno())],
-                        pass_fds=[theirs.fileno()],
-                        process_group=0,
-                        env=env,
-                    )
+                command = [sys.executable, "-c", code, str(theirs.fileno())]
+                stack.enter_context(  # in another process group: ^C reaches the parent alone
+                    subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0, env=env)
                 )
-            idle.put(ending.enter_context(ours))  # closed first, which ends the process
+            # On exit, the connection is closed, which ends the process; then Popen waits for it.
+            idle.put(stack.enter_context(ours))
 
         def run(block):
             connection = idle.get()
@@ -116,7 +113,7 @@ def _processes(count: int) -> Iterator[Callable[[tuple], tuple]]:
                 connection.send(block)
                 return connection.recv()
             except (EOFError, OSError) as error:
-                raise DataError("a process that decoded images was ended from outside") from error
+                raise DataError("a process that decodes images was killed") from error
             finally:
                 idle.put(connection)
 
@@ -124,14 +121,14 @@ def _processes(count: int) -> Iterator[Callable[[tuple], tuple]]:
 
 
 def _serve(handle: int) -> None:
-    """Decodes the blocks that come in over a connection, until its other end is closed."""
+    """Decodes the blocks that arrive over a connection, until its other end is closed."""
     with contextlib.suppress(EOFError, OSError), Connection(handle) as connection:
         while True:
             connection.send(_decode_block(*connection.recv()))
 
 
 def _decode_block(encoded: list[bytes], size: int, channels: int) -> tuple[list[bytes], str]:
-    """(the pixels of each image before the first that cannot be decoded, why it cannot or "")."""
+    """(pixels of the images before the first broken one, why that one is broken or "")."""
     pixels = []
     for one in encoded:
         try:

@@ -1,7 +1,7 @@
 """The packaged digits: 1,797 real handwritten digits, 8x8 pixels, ten classes, no download.
 
-Owns the TFDS builder of scikit-learn's copy of the UCI handwritten digits, and their split. The
-images come from scikit-learn's own files, so preparing them needs neither network nor TensorFlow.
+Owns the TFDS builder of scikit-learn's copy of the UCI handwritten digits, and their splits.
+scikit-learn contains the images, so preparing them needs neither a network nor TensorFlow.
 
     pixel = round(v · 255 / 16),  v in {0, ..., 16}
     train 1,257 | validation 180 | test 360   images (70 | 10 | 20 %), stratified by class, fixed
@@ -15,25 +15,25 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 
-from jdm.data.datasets import dataset
+from jdm.data.datasets import DATASETS
 
 
 def digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int[np.ndarray, "1797"]]:
     """All images, uint8 in [0, 255], and their labels in [0, 10), in scikit-learn's order."""
-    from sklearn.datasets import load_digits  # here: takes seconds, and reading does without
+    from sklearn.datasets import load_digits  # slow to import, and only preparing needs it
 
     raw = load_digits()
     return np.round(raw.images * 255 / 16).astype(np.uint8)[..., None], raw.target
 
 
 def split_indices(labels: Int[np.ndarray, " n"]) -> dict[str, Int[np.ndarray, " _"]]:
-    """Rows of `digits()` in each split: disjoint, all of them, every class in proportion.
+    """The rows of `digits()` in each split: disjoint, complete, and stratified by class.
 
-    The order within a split is shuffled, so its first images are a fair sample of it.
+    The rows of a split are shuffled, so that its first images are a random sample of it.
     """
     from sklearn.model_selection import train_test_split
 
-    sizes = dataset("digits").splits
+    sizes = DATASETS["digits"].splits
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=sizes["test"], stratify=labels, random_state=0
     )
@@ -52,23 +52,20 @@ def _png(image: UInt8[np.ndarray, "8 8 1"]) -> bytes:
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """`digits` for TFDS; importing this module registers it."""
+    """The TFDS builder of `digits`; importing this module registers it."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Image(shape=(8, 8, 1), encoding_format="png")
+        label = tfds.features.ClassLabel(num_classes=10)
         return tfds.core.DatasetInfo(
             builder=self,
             description="The 1,797 handwritten digits of scikit-learn, 8x8, scaled to [0, 255].",
             homepage="https://archive.ics.uci.edu/dataset/80",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
             supervised_keys=("image", "label"),
-            disable_shuffling=True,  # split_indices has shuffled
+            disable_shuffling=True,  # split_indices shuffles
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
@@ -78,9 +75,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             for split, rows in split_indices(labels).items()
         }
 
-    def _generate_examples(
-        self, images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " n"]
-    ) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # Encoded bytes, not the array: TFDS would encode an array with TensorFlow.
+            # Encoded bytes: TFDS would need TensorFlow to encode an array.
             yield i, {"image": _png(image), "label": int(label)}

@@ -1,10 +1,10 @@
-"""A folder of one's own images as a data set: a sub-folder for each class.
+"""A folder of the user's own images as a data set: a sub-folder for each class.
 
     /path/cat/1.jpg  /path/dog/2.png                        one split, "train"
-    /path/train/cat/1.jpg  /path/test/dog/2.png             the same below each split's name
+    /path/train/cat/1.jpg  /path/test/dog/2.png             a folder for each split
 
-Owns what is in such a folder. PNG and JPEG, grey or colour, of any size; jdm.data.folder_builder
-stores them as they are, and jdm.data.images brings them to one size.
+Owns the listing of such a folder. The images are PNG or JPEG files, grey or colour, of any size.
+jdm.data.folder_builder copies them unchanged, and jdm.data.decoding resizes them.
 """
 
 import dataclasses
@@ -13,19 +13,22 @@ import hashlib
 import os
 from pathlib import Path
 
-from jdm.data.datasets import FOLDER, Dataset
+from jdm.data.datasets import Dataset
+from jdm.errors import InvalidValue
+from jdm.names import FOLDER
 
 ENDINGS = (".png", ".jpg", ".jpeg")
+# {name of a folder: the split that it holds}
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a folder held when it was looked at.
+    """The contents of a folder when it was listed.
 
-    classes: names in the order of the labels, which is that of the alphabet. files: {split: [(path
-    below the folder, label)]}. ignored: how many other files there were. total: bytes of all files.
-    fingerprint: of their names, sizes and times; another one means other images.
+    classes: their names in alphabetical order; class k has the label k. files: {split: [(path
+    relative to the folder, label)]}. ignored: the number of other files. total: bytes of all
+    images. fingerprint: a hash of their names, sizes and modification times.
     """
 
     classes: tuple[str, ...]
@@ -36,7 +39,7 @@ class Listing:
 
 
 def facts(path: str) -> Dataset:
-    """The row that the table would have for the folder. Raises ValueError as `listing` does."""
+    """The facts about a folder as a data set. Raises InvalidValue as `listing` does."""
     found = listing(path)
     return Dataset(
         FOLDER + path,
@@ -46,30 +49,34 @@ def facts(path: str) -> Dataset:
         flips=True,
         splits={split: len(files) for split, files in found.files.items()},
         module="jdm.data.folder_builder",
-        class_names=found.classes,
     )
 
 
 @functools.lru_cache(maxsize=4)
 def listing(path: str) -> Listing:
-    """What the folder holds. Raises ValueError where it is no folder of two or more classes."""
-    asked, root = f"data.name={FOLDER + path!r}", Path(path).expanduser()
+    """Lists a folder. Raises InvalidValue where it is not a folder of two or more classes."""
+
+    def invalid(allowed: str) -> InvalidValue:
+        return InvalidValue("config.data.name", FOLDER + path, allowed)
+
+    root = Path(path).expanduser()
     if not root.is_dir():
-        raise ValueError(f"{asked} is not a folder")
+        raise invalid("is not a folder")
     folders = {SPLITS[name]: root / name for name in SPLITS if _folders(root / name)}
     if "train" not in folders:
         folders = {"train": root}
     classes = _folders(folders["train"])
     if not classes:
-        raise ValueError(f"{asked} has no sub-folders; one for each class is needed")
+        raise invalid("has no sub-folders; one for each class is needed")
     if len(classes) == 1:
-        raise ValueError(f"{asked} has one class only, {classes[0]!r}; two or more are needed")
+        raise invalid(f"has one class only, {classes[0]!r}; two or more are needed")
 
-    files, ignored, total, digest = {}, 0, 0, hashlib.sha256()
+    files: dict[str, list[tuple[str, int]]] = {}
+    ignored, total, digest = 0, 0, hashlib.sha256()
     for split, folder in folders.items():
-        strange = sorted(set(_folders(folder)) - set(classes))
-        if strange:
-            raise ValueError(f"{asked}: {split} has the class {strange[0]!r}, which train has not")
+        unknown = sorted(set(_folders(folder)) - set(classes))
+        if unknown:
+            raise invalid(f"has the class {unknown[0]!r} in {split}, but not in train")
         files[split] = []
         for label, name in enumerate(classes):
             for entry in _files(folder / name):
@@ -83,28 +90,27 @@ def listing(path: str) -> Listing:
                 files[split].append((where, label))
         empty = set(range(len(classes))) - {label for _, label in files[split]}
         if split == "train" and empty:
-            raise ValueError(f"{asked}: the class {classes[min(empty)]!r} has no PNG or JPEG file")
+            raise invalid(f"has no PNG or JPEG file of the class {classes[min(empty)]!r}")
         if not files[split]:
-            raise ValueError(f"{asked}: {split} has no PNG or JPEG file")
+            raise invalid(f"has no PNG or JPEG file in {split}")
     return Listing(tuple(classes), files, ignored, total, digest.hexdigest()[:12])
 
 
-def _folders(path: Path) -> list[str]:
-    """Names of the sub-folders in alphabetical order, but for the hidden ones."""
+def _entries(path: Path) -> list[os.DirEntry]:
+    """The entries of a folder that are not hidden, in alphabetical order; [] if there is none."""
     if not path.is_dir():
         return []
     with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+
+
+def _folders(path: Path) -> list[str]:
+    return [entry.name for entry in _entries(path) if entry.is_dir()]
 
 
 def _files(path: Path) -> list[os.DirEntry]:
-    """The files of a class, in alphabetical order, those of its sub-folders too."""
-    if not path.is_dir():
-        return []
-    found = []
-    with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            found += _files(Path(entry.path)) if entry.is_dir() else [entry]
+    """The files of a class, also those in sub-folders, in alphabetical order."""
+    found: list[os.DirEntry] = []
+    for entry in _entries(path):
+        found += _files(Path(entry.path)) if entry.is_dir() else [entry]
     return found

@@ -1,8 +1,7 @@
 """The TFDS builder of a folder of images (jdm.data.folder).
 
-Files are stored as they are, after each was decoded once to see that it can be. The name of what is
-prepared holds the folder's path and the state of its files, so that a folder that has changed since
-is not taken for the one that was prepared.
+Each file is decoded once, to find broken ones, and copied unchanged. The name of the prepared data
+contains hashes of the folder's path and files, so a folder that changed has to be prepared again.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from jdm.data.folder import listing
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
-    """A folder with a sub-folder for each class; `skip_broken`: leave out what cannot be read."""
+    """A folder with a sub-folder for each class. skip_broken: whether to omit broken images."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -30,52 +29,45 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         self._listing = listing(path)
         self._skip_broken = skip_broken
         where = hashlib.sha256(str(self._root).encode()).hexdigest()[:8]
-        # Letters and digits alone, as in the names that TFDS and a glob take.
+        # TFDS allows no other characters in a name, and some have a meaning in a glob pattern.
         self.same_folder = f"{re.sub(r'[^A-Za-z0-9]+', '_', self._root.name)}-{where}-"
         config = tfds.core.BuilderConfig(name=self.same_folder + self._listing.fingerprint)
         super().__init__(config=config, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Image(shape=(None, None, 3))
+        label = tfds.features.ClassLabel(names=self._listing.classes)
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"Images of {self._root}, a sub-folder for each class.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=self._listing.classes),
-                }
-            ),
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
             supervised_keys=("image", "label"),
-            disable_shuffling=True,  # training draws its own order
+            disable_shuffling=True,  # training shuffles
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         if self._listing.ignored:
             print(f"{self._listing.ignored:,} other files are ignored", file=sys.stderr)
         broken = self._broken()
-        whole = sum(map(len, self._listing.files.values()))
         if broken and not self._skip_broken:
+            count = sum(map(len, self._listing.files.values()))
             named = "; ".join(f"{path} ({why})" for path, why in list(broken.items())[:3])
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise DataError(
-                f"{len(broken)} of {whole:,} images in {self._root} cannot be read: {named}{more}; "
-                "--skip-broken goes on without them"
-            )
-        left = {
+            problem = f"{len(broken)} of {count:,} images in {self._root} cannot be read"
+            raise DataError(f"{problem}: {named}{more}; --skip-broken leaves them out")
+        readable = {
             split: [(path, label) for path, label in files if path not in broken]
             for split, files in self._listing.files.items()
         }
-        for split, files in left.items():
-            if not files:
-                raise DataError(f"no image of {split} in {self._root} can be read")
-        classes = {label for _, label in left["train"]}
-        for label, name in enumerate(self._listing.classes):
-            if label not in classes:
-                raise DataError(f"no image of the class {name!r} in {self._root} can be read")
-        return {split: self._generate_examples(files) for split, files in left.items()}
+        classes = {self._listing.classes[label] for _, label in readable["train"]}
+        missing = [split for split, files in readable.items() if not files]
+        missing += [f"the class {name!r}" for name in self._listing.classes if name not in classes]
+        if missing:
+            raise DataError(f"no image of {missing[0]} in {self._root} can be read")
+        return {split: self._generate_examples(files) for split, files in readable.items()}
 
     def _broken(self) -> dict[str, str]:
-        """{path: reason} of the images that cannot be decoded."""
+        """{path: what is wrong} of the images that cannot be decoded."""
         paths = [path for files in self._listing.files.values() for path, _ in files]
         broken = {}
         for path in tqdm(paths, desc="checking", unit=" images"):
@@ -89,5 +81,5 @@ class Folder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, files: list[tuple[str, int]]) -> Iterator[tuple[int, dict]]:
         for i, (path, label) in enumerate(files):
-            # Bytes, not an array: TFDS would encode that with TensorFlow.
+            # Encoded bytes: TFDS would need TensorFlow to encode an array.
             yield i, {"image": (self._root / path).read_bytes(), "label": label}

@@ -1,7 +1,7 @@
-"""Images: arrays of decoded ones, gathered by row, and the file that a decoded split is kept in.
+"""Arrays of images that are indexed by rows, and the files that keep a decoded split.
 
-A split is decoded once; from then on its file is mapped into memory, by every process that reads
-it. What is too large for that stays encoded until its rows are asked for.
+A split is decoded once, to a file. Every process that reads the split maps this file into memory.
+Where the decoded images would be too large, they stay encoded, and rows are decoded when indexed.
 """
 
 import itertools
@@ -12,62 +12,64 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from jdm.data import DataError
 from jdm.data.decoding import decode, decoders
+from jdm.data.labels import Labels
 
+Pixels = UInt8[np.ndarray, "n h w c"]
 BLOCK = 64  # images that are handed to a decoder at once
 
 
 @runtime_checkable
-class Records(Protocol):
+class RecordSource(Protocol):
     """Encoded images and their labels: {"image": bytes, "label": int or an array [K]}."""
 
     path: Path
 
     def __len__(self) -> int: ...
-
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
-class Encoded:
-    """A split whose images are decoded when they are asked for, as one array [N, S, S, C].
+class EncodedImages:
+    """A split as an array [N, S, S, C] whose rows are decoded each time they are indexed.
 
-    records: opens them; called once in every process, so that worker processes can be given this.
-    Their `__getitems__` takes a list of rows.
+    open_records: returns the records, whose `__getitems__` takes a list of rows. Each process calls
+    it once, since open records cannot be sent to worker processes.
     """
 
-    def __init__(self, records: Callable[[], Any], count: int, size: int, channels: int):
-        self._records, self._open = records, None
+    def __init__(self, open_records: Callable[[], Any], count: int, size: int, channels: int):
+        self._open_records = open_records
+        self._records: Any = None
         self.shape = (count, size, size, channels)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
-        if self._open is None:
-            self._open = self._records()
+    def __getitem__(self, rows: np.ndarray) -> Pixels:
+        if self._records is None:
+            self._records = self._open_records()
         out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        for i, one in enumerate(self._open.__getitems__(rows.tolist())):
+        for i, one in enumerate(self._records.__getitems__(rows.tolist())):
             out[i] = decode(one["image"], *self.shape[2:])
         return out
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_open": None}
+        return {**vars(self), "_records": None}
 
 
-class Joined:
-    """Rows of one or more splits, as one array [N, S, S, C] that is gathered when asked.
+class Selection:
+    """Rows of one or more splits, one after the other, as an array [N, S, S, C]; copies no image.
 
-    parts: (an array or Encoded, which of its rows), one after the other.
+    parts: (images of a split, the rows to take from it).
     """
 
-    def __init__(self, parts: Sequence[tuple[np.ndarray | Encoded, np.ndarray]]):
-        # Of a mapped array the plain view: rows of it are gathered in less time.
+    def __init__(self, parts: Sequence[tuple[np.ndarray | EncodedImages, np.ndarray]]):
+        # np.asarray, because rows of an np.memmap are gathered more slowly.
         self._parts = [
-            (images if isinstance(images, Encoded) else np.asarray(images), kept)
+            (images if isinstance(images, EncodedImages) else np.asarray(images), kept)
             for images, kept in parts
         ]
         self._ends = np.cumsum([len(kept) for _, kept in parts])
@@ -76,8 +78,8 @@ class Joined:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
-        if len(self._parts) == 1:  # gathered once, not copied again
+    def __getitem__(self, rows: np.ndarray) -> Pixels:
+        if len(self._parts) == 1:  # saves a copy
             images, kept = self._parts[0]
             return images[kept[rows]]
         out = np.empty((len(rows), *self.shape[1:]), np.uint8)
@@ -89,81 +91,91 @@ class Joined:
         return out
 
 
-def kept_labels(folder: Path, records: Records) -> Int[np.ndarray, "n ..."]:
-    """The labels of a split, from the file in `folder`, made if need be."""
+def labels_of(folder: Path, records: RecordSource) -> Labels:
+    """The labels of a split, from a file in `folder`, which is written first if it is missing."""
     if not folder.exists():
         _write(folder, records, None)
-    return _read(folder / "labels.npy", len(records))
+    return _read(folder / "labels.npy", (len(records),))
 
 
-def decoded(
-    folder: Path, records: Records, size: int, channels: int
-) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n ..."]]:
-    """All images of a split, read-only and mapped from a file in `folder`, and their labels.
+def decoded_split(
+    folder: Path, records: RecordSource, size: int, channels: int
+) -> tuple[Pixels, Labels]:
+    """(images, labels) of a split; the images are read-only and mapped from a file in `folder`.
 
-    records: what is decoded where the folder is not there yet; several processes may do so at once.
+    If the folder is missing, the records are decoded; several processes may do so at once.
 
-    Raises DataError where there is no room, for an image that cannot be decoded, and for a file in
-    the folder that is damaged.
+    Raises DataError for a disk without room, an image that cannot be decoded, and a damaged file.
     """
     shape = (len(records), size, size, channels)
     if not folder.exists():
         _write(folder, records, shape)
-    images = _read(folder / "images.npy", len(records), mmap_mode="r")
-    if images.shape != shape or images.dtype != np.uint8:
-        raise DataError(f"{folder} holds images {images.shape} instead of {shape}: delete it")
-    return images, _read(folder / "labels.npy", len(records))
+    images = _read(folder / "images.npy", shape, mmap_mode="r")
+    return images, _read(folder / "labels.npy", shape[:1])
 
 
-def _read(path: Path, count: int, **options) -> np.ndarray:
+def _read(path: Path, shape: tuple[int, ...], **options) -> np.ndarray:
+    """The array in a file, whose shape must begin with `shape`."""
     try:
         found = np.load(path, **options)
-        if len(found) != count:
-            raise ValueError(f"{len(found)} rows instead of {count}")
+        if found.shape[: len(shape)] != shape:
+            raise ValueError(f"its shape is {found.shape} instead of {shape}")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged ({error}): delete {path.parent}") from error
     return found
 
 
-def _write(folder: Path, records: Records, shape: tuple[int, ...] | None) -> None:
-    """Labels, and images of a shape, into a folder beside, which gets its name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = int(np.prod(shape or 0)), shutil.disk_usage(folder.parent).free
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def check_room(folder: Path, needed: int, what: str, option: str) -> None:
+    """Raises DataError where the disk of `folder` has no room for the `needed` bytes."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(
-            f"decoded, the images take {needed / 2**20:,.0f} MiB, but {folder.parent} has room for "
-            f"{free / 2**20:,.0f} MiB; data.cache_dir names another folder"
-        )
-    making = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")  # of any host
-    making.mkdir()
+        room = f"{folder} has room for {mebibytes(free)}; {option} chooses another folder"
+        raise DataError(f"{what} takes about {mebibytes(needed)}, but {room}")
+
+
+def _write(folder: Path, records: RecordSource, shape: tuple[int, ...] | None) -> None:
+    """Writes the labels, and the images where a shape is given, completely or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = int(np.prod(shape or 0))
+    check_room(folder.parent, needed, "decoding the images", "config.data.cache_dir")
+    # Unique among the hosts that may share the disk.
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    unfinished.mkdir()
     try:
-        labels = _write_images(making / "images.npy", records, shape) if shape else None
-        labels = np.stack(labels or [one["label"] for one in records])
-        np.save(making / "labels.npy", labels)
+        if shape:
+            labels = _write_images(unfinished / "images.npy", records, shape)
+        else:
+            labels = [one["label"] for one in records]
+        np.save(unfinished / "labels.npy", np.stack(labels))
         try:
-            making.rename(folder)
+            unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process has made the same a moment earlier
+            if not folder.exists():  # otherwise another process has written the same files
                 raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_images(path: Path, records: Records, shape: tuple[int, ...]) -> list:
-    """Decodes all records; returns their labels. Raises DataError for one that cannot be."""
-    labels, written, numbered = [], 0, iter(records)
-    # Written, not mapped: where a disk is full, writing raises and a mapping kills.
+def _write_images(path: Path, records: RecordSource, shape: tuple[int, ...]) -> list:
+    """Decodes all records and returns their labels. Raises DataError for a broken image."""
+    labels: list[np.ndarray] = []
+    written, remaining = 0, iter(records)
+    # On a full disk, writing to a file raises an error; writing to a mapped file kills the process.
     with (
         open(path, "wb") as file,
         decoders(len(records)) as decode_ahead,
-        # No bar where there is no terminal.
+        # disable=None hides the bar where there is no terminal.
         tqdm(total=len(records), desc="decoding", unit=" images", disable=None) as progress,
     ):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
 
         def blocks():
-            while block := list(itertools.islice(numbered, BLOCK)):
+            while block := list(itertools.islice(remaining, BLOCK)):
                 labels.extend(one["label"] for one in block)
                 yield [one["image"] for one in block], *shape[2:]
 

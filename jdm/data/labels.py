@@ -1,81 +1,73 @@
-"""Draws of rows, and hidden labels: training as if only a share of the images had been labelled.
+"""Random draws of rows, and hidden labels: training as if only some of the images had labels.
 
-Owns which rows are drawn, and which labels stay. It is settled once, on the whole split and by the
-seed alone, before there are batches or hosts: no order of calls can change it.
+Rows are drawn once, from the whole split, before there are batches or hosts. A draw depends on the
+seed alone, and not on earlier draws.
 """
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jdm.errors import InvalidValue
 
-def hide_labels(
-    labels: Int[np.ndarray, "n ..."], fraction: float, per_class: int, seed: int
-) -> Int[np.ndarray, "n ..."]:
-    """The same labels with all but some of them replaced by -1.
+Labels = Int[np.ndarray, "n ..."]  # [N] of classes or [N, K] of attributes; -1 is unlabelled
+Mask = Bool[np.ndarray, " n"]
+Rows = Int[np.ndarray, " _"]  # indices
 
-    labels: of one class each [N], or of several [N, K], which are kept or hidden row by row; those
-    that are -1 already stay so, and count for nothing. fraction: in (0, 1], of all labels, and of
-    each class as nearly as whole labels allow. per_class: so many of each class instead; 0 is none
-    of that. seed: which ones.
 
-    Raises ValueError, naming the config's key, for a fraction out of range or beside per_class, for
-    one that leaves no label, and for more than a class has.
+def random_order(n: int, seed: int, *stream: int) -> Int[np.ndarray, " n"]:
+    """A uniform permutation of n rows, which depends on the arguments alone.
+
+    stream: numbers that make draws with the same seed independent.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"data.labelled_fraction={fraction} must be above 0 and at most 1")
-    if per_class and fraction < 1:
-        raise ValueError(
-            f"data.labelled_per_class={per_class} does not go with "
-            f"data.labelled_fraction={fraction}; one of them is enough"
-        )
-    if per_class and labels.ndim > 1:
-        raise ValueError(
-            f"data.labelled_per_class={per_class} is for one class an image, not for several; "
-            "data.labelled_fraction takes both"
-        )
-    known = (labels >= 0).reshape(len(labels), -1).any(axis=1)
+    # spawn_key keeps the two apart: SeedSequence([2**32 + 5, 0]) equals SeedSequence([5, 1]).
+    # Raw bits are the same in every version of numpy; Generator.permutation may change, which would
+    # invalidate saved runs.
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(n)
+    return np.argsort(bits, kind="stable")
+
+
+def hide_labels(labels: Labels, fraction: float, per_class: int, seed: int) -> Labels:
+    """The labels, with all but some of them replaced by -1.
+
+    labels: [N], or [N, K], whose rows are kept or hidden as a whole; -1 is unlabelled and not
+    counted. fraction: in (0, 1], of the labels to keep, the same in each class. per_class: the
+    number of labels to keep in each class, instead of a fraction, for labels [N]; 0 is unused.
+
+    Raises InvalidValue, about the config key, for a fraction that leaves no label, and for a
+    per_class above the size of a class.
+    """
+    known: Mask = np.any(labels.reshape(len(labels), -1) >= 0, axis=1)
+    total, shares = round(fraction * known.sum()), None
     if per_class:
         classes, counts = np.unique(labels[known], return_counts=True)
         if per_class > counts.min():
-            raise ValueError(
-                f"data.labelled_per_class={per_class} is more than the {counts.min()} images of "
-                f"class {classes[counts.argmin()]}"
-            )
-        total = per_class * len(classes)
-        kept = draw(labels, total, seed, known, shares=np.full(len(classes), per_class))
-    else:
-        total = round(fraction * known.sum())
-        if total == 0 < known.sum():
-            raise ValueError(
-                f"data.labelled_fraction={fraction} of {known.sum()} labels leaves none"
-            )
-        kept = draw(labels, total, seed, known)
+            fewest = f"is more than the {counts.min()} images of class {classes[counts.argmin()]}"
+            raise InvalidValue("config.data.labelled_per_class", per_class, fewest)
+        total, shares = per_class * len(classes), np.full(len(classes), per_class)
+    elif total == 0 < known.sum():
+        none = f"of {known.sum()} labels leaves none"
+        raise InvalidValue("config.data.labelled_fraction", fraction, none)
+    kept = draw_rows(labels, total, seed, known, shares)
     hidden = np.full_like(labels, -1)
     hidden[kept] = labels[kept]
     return hidden
 
 
-def draw(
-    labels: Int[np.ndarray, "n ..."],
-    total: int,
-    seed: int,
-    among: Bool[np.ndarray, " n"],
-    shares: np.ndarray | None = None,
-) -> Int[np.ndarray, " total"]:
-    """So many of the rows `among` all, of each class as nearly its share as whole rows allow.
+def draw_rows(
+    labels: Labels, total: int, seed: int, candidates: Mask, shares: np.ndarray | None = None
+) -> Rows:
+    """Draws `total` of the candidate rows, with each class in proportion, to the nearest row.
 
-    Of several labels to an image [N, K] the draw is from all alike. shares: of each class that is
-    there, in rows; None is in proportion.
+    Labels [N, K] have no classes: every candidate is equally likely. shares: the number of rows to
+    draw from each class that the candidates have, in ascending order, instead of in proportion.
     """
-    # Raw bits, sorted: every version of numpy agrees on them.
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0, 0))).random_raw(len(labels))
-    order = np.argsort(bits, kind="stable")
-    rows = order[among[order]]
+    order = random_order(len(labels), seed, 0, 0)
+    rows = order[candidates[order]]
     one_class = labels[rows] if labels.ndim == 1 else np.zeros(len(rows), int)
     classes, counts = np.unique(one_class, return_counts=True)
     shares = counts * (total / max(1, len(rows))) if shares is None else shares
     keep = np.floor(shares).astype(int)
-    nearest_to_one_more = np.argsort(keep - shares, kind="stable")
-    keep[nearest_to_one_more[: total - keep.sum()]] += 1
+    largest_remainders = np.argsort(keep - shares, kind="stable")
+    keep[largest_remainders[: total - keep.sum()]] += 1
     parts = [rows[one_class == one][:count] for one, count in zip(classes, keep, strict=True)]
     return np.concatenate([np.empty(0, int), *parts])

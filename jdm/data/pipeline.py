@@ -1,16 +1,15 @@
 """From images and labels to batches of numpy arrays on this host.
 
 Owns the order of training batches, reading ahead, and the padding of evaluation batches. Knows
-nothing of devices: uint8 pixels become floats on the device, and augmentation happens there too.
+nothing about devices: conversion to float and augmentation happen in the training step. Training
+reads the endless sequence of rows
 
-A batch is rows of the images, gathered at once. Training reads the endless sequence
+    perm(seed, 0) ++ perm(seed, 1) ++ perm(seed, 2) ++ ...     perm(seed, e): the N rows in epoch e
 
-    perm(seed, 0) ++ perm(seed, 1) ++ perm(seed, 2) ++ ...      perm(seed, e): epoch e of N rows
-
-Global batch b of B rows is positions [b·B, (b + 1)·B) of it, across epoch ends, so every batch is
-full and every image comes once per epoch. Host h of H takes the contiguous positions
-b·B + [h·B/H, (h + 1)·B/H). What comes next depends on (seed, B, b) alone, so the number b is the
-whole position of a training run, and holds for another number of hosts too.
+Global batch b of B rows is positions [b·B, (b + 1)·B) of the sequence, across epoch ends, so every
+batch is full and every image occurs once per epoch. Host h of H takes the contiguous positions
+b·B + [h·B/H, (h + 1)·B/H). Batch b depends only on the seed and B, so the number b is the complete
+position of a training run, and is valid for any number of hosts.
 """
 
 import functools
@@ -20,26 +19,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from absl import flags
+from jaxtyping import Int
 
 from jdm.data import DataError
-from jdm.data.images import Encoded, Joined
+from jdm.data.images import EncodedImages, Pixels, Selection
+from jdm.data.labels import Labels, random_order
 
 Batch = dict[str, np.ndarray]
-Images = UInt8[np.ndarray, "n h w c"] | Encoded | Joined
-
-# Training ----------------------------------------------------------------------------------------
+PixelSource = Pixels | EncodedImages | Selection
 
 
-@functools.lru_cache(maxsize=2)  # a batch is within one epoch, or crosses into the next
+@functools.lru_cache(maxsize=2)  # most batches lie in one epoch or in two
 def epoch_permutation(n: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    """The order of n rows in an epoch, a pure function of its arguments; read-only."""
-    # spawn_key keeps (seed, epoch) pairs apart: SeedSequence([2**32 + 5, 0]) is that of [5, 1].
-    # Sorting raw bits is a uniform shuffle that every numpy agrees on; numpy reserves the right to
-    # change Generator.permutation, and saved positions must outlive that.
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(n)
-    order = np.argsort(bits, kind="stable")
-    order.setflags(write=False)  # the cache hands the same array to everyone
+    """The order of n rows in an epoch. Read-only."""
+    order = random_order(n, seed, epoch)
+    order.setflags(write=False)  # the cache returns the same array every time
     return order
 
 
@@ -54,7 +49,7 @@ def endless_rows(n: int, seed: int, start: int, stop: int) -> Int[np.ndarray, " 
 
 
 class _HostBatches:
-    """Random access to this host's rows of every global batch: the source under grain."""
+    """A data source of grain: item b is this host's part of global batch b."""
 
     def __init__(self, images, labels, *, batch_size: int, seed: int, host: int, hosts: int):
         self._images, self._labels, self.images = images, labels, len(images)
@@ -70,15 +65,11 @@ class _HostBatches:
         rows = endless_rows(len(self._images), self._seed, start, start + self._rows)
         return {"image": self._images[rows], "label": self._labels[rows]}
 
-    def __repr__(self) -> str:
-        return f"_HostBatches({len(self._images)} images, batch_size={self._batch_size})"
-
 
 class TrainBatches:
-    """An endless iterator of batches that knows its position; see `train_batches`.
+    """An endless iterator of batches whose position can be saved and restored.
 
-    source: random access to this host's rows of every batch. workers: processes that read them;
-    0 is a thread of this one.
+    workers: the number of processes that read batches ahead; 0 uses threads of this process.
     """
 
     def __init__(self, source: _HostBatches, workers: int):
@@ -95,43 +86,40 @@ class TrainBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """How many batches were handed out, and of how many images, as JSON can hold it."""
+        """The position, ready for JSON: the number of batches so far, and the number of images."""
         return {"next_index": self._next, "images": self._source.images}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a position: the next batch is the one that came next at `get_state`.
+        """Moves to a position from `get_state`, so that the same batches follow again.
 
-        Raises DataError where that was another number of images: the order would be another.
+        Raises DataError if the number of images has changed, because the order would differ.
         """
         before, now = state.get("images", self._source.images), self._source.images
         if before != now:
-            raise DataError(f"training began on {before:,} images, and now finds {now:,}")
-        import grain  # here: takes about a second, and imports jax for its own use
+            raise DataError(f"training began on {before:,} images, but there are {now:,} now")
+        import grain  # takes about a second, and imports JAX
 
         self._close()
         self._next = state["next_index"]
         batches = grain.MapDataset.source(self._source)[self._next :]
-        # Four batches ahead: grain's default of 500 batches would be the whole memory. Of a worker
-        # one thread: two that open the records at once would import TFDS at once, and deadlock.
-        threads = 1 if self._workers else 2
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+        # grain reads 500 batches ahead by default, which could fill the memory. A worker has one
+        # thread, because two would import TFDS at the same time, which deadlocks.
+        reading = grain.ReadOptions(num_threads=1 if self._workers else 2, prefetch_buffer_size=4)
         batches = batches.to_iter_dataset(reading)
         if self._workers:
-            from absl import flags
-
-            if not flags.FLAGS.is_parsed():  # grain asks for one of its own, whoever uses it
+            if not flags.FLAGS.is_parsed():  # grain reads a flag, which absl.app would parse
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options)
         self._ahead = iter(batches)
-        # No later than at exit: workers that the interpreter's end overtakes complain. Older
-        # versions of grain have nothing to close.
+        # Closed at exit at the latest: workers print errors when the interpreter ends before them.
+        # Older versions of grain have no `close`.
         self._close = weakref.finalize(self, getattr(self._ahead, "close", lambda: None))
 
 
 def train_batches(
-    images: Images,
-    labels: Int[np.ndarray, "n ..."],
+    images: PixelSource,
+    labels: Labels,
     *,
     batch_size: int,
     seed: int,
@@ -139,75 +127,54 @@ def train_batches(
     hosts: int = 1,
     workers: int = 0,
 ) -> TrainBatches:
-    """Endless shuffled batches {"image": uint8 [B/H, h, w, c], "label": int32 [B/H]} of this host.
+    """Endless shuffled batches {"image": uint8 [B/H, h, w, c], "label": int [B/H, ...]} of a host.
 
-    Labels may be [N, K], and are [B/H, K] then.
+    images: [N, h, w, c] in [0, 255], N > 0. labels: [N] or [N, K]. batch_size: B, over all hosts;
+    may exceed N. seed: 0 or more, of the order; the same on every host. host, hosts: h and H, from
+    `jax.process_index()` and `jax.process_count()`. workers: the number of processes that read
+    batches ahead, for images that are decoded when they are read; the batches are the same.
 
-    images: uint8 [N, h, w, c], an array or what is indexed like one (`jdm.data.images`).
-    batch_size: B, over all hosts; may exceed N. seed: the order, the same on every host. host,
-    hosts: which rows of each batch are ours, `jax.process_index()` and `jax.process_count()`.
-    workers: processes that gather the images, for those that are decoded only then; the batches are
-    the same.
-
-    `get_state()` is the number of batches handed out, and of images, as JSON can hold it;
-    `set_state` of it on any other such iterator, with any number of hosts or workers, goes on with
-    exactly the batch that would have come.
+    A saved position can be restored with any number of hosts and workers.
 
     Raises ValueError for arrays, sizes or hosts that do not fit together.
     """
     _check(images, labels, batch_size, host, hosts)
-    if len(images) == 0:
-        raise ValueError("There are no images to train on: the split is empty.")
-    if seed < 0:
-        raise ValueError(f"The seed is {seed}, but must be 0 or more.")
     source = _HostBatches(images, labels, batch_size=batch_size, seed=seed, host=host, hosts=hosts)
     return TrainBatches(source, workers)
 
 
-# Evaluation --------------------------------------------------------------------------------------
-
-
 def eval_batches(
-    images: UInt8[np.ndarray, "n h w c"],
-    labels: Int[np.ndarray, "n ..."],
-    batch_size: int,
-    *,
-    host: int = 0,
-    hosts: int = 1,
+    images: Pixels, labels: Labels, batch_size: int, *, host: int = 0, hosts: int = 1
 ) -> Iterator[Batch]:
-    """Every image once, in order, in batches of one shape: {"image", "label", "mask" bool [B/H]}.
+    """Every image once, in order, in batches {"image", "label", "mask": bool [B/H]} of one shape.
 
-    batch_size, host, hosts: as in `train_batches`. The last batch is padded with black images
-    labelled -1, where mask is False; every host gets the same number of batches.
+    batch_size, host, hosts: as in `train_batches`. The last batch is padded with black images of
+    label -1, whose mask is False. Every host gets the same number of batches.
 
     Raises ValueError for arrays, sizes or hosts that do not fit together.
     """
     _check(images, labels, batch_size, host, hosts)
     rows = batch_size // hosts
 
-    def batches() -> Iterator[Batch]:  # apart, so that the checks do not wait for the first next()
+    def batches() -> Iterator[Batch]:  # a generator inside, so that the checks run at once
         for start in range(0, len(images), batch_size):
             ours = slice(start + host * rows, start + (host + 1) * rows)
             image, label = images[ours], labels[ours]
-            pad = rows - len(image)
+            pad = [(0, rows - len(image)), (0, 0), (0, 0), (0, 0)]
             yield {
-                "image": np.pad(image, ((0, pad), (0, 0), (0, 0), (0, 0))),
-                "label": np.pad(
-                    label, ((0, pad), *[(0, 0)] * (label.ndim - 1)), constant_values=-1
-                ),
+                "image": np.pad(image, pad),
+                "label": np.pad(label, pad[: label.ndim], constant_values=-1),
                 "mask": np.arange(rows) < len(image),
             }
 
     return batches()
 
 
-def _check(images: Images, labels: np.ndarray, batch_size: int, host: int, hosts: int) -> None:
+def _check(images: PixelSource, labels: Labels, batch_size: int, host: int, hosts: int) -> None:
     if len(images) != len(labels):
-        raise ValueError(f"There are {len(images)} images but {len(labels)} labels.")
+        raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
     if hosts < 1 or not 0 <= host < hosts:
-        raise ValueError(f"host is {host} of {hosts} hosts, but must be in [0, hosts).")
+        raise ValueError(f"host is {host} of {hosts} hosts, but must be in [0, hosts)")
     if batch_size < 1 or batch_size % hosts:
-        raise ValueError(
-            f"The batch size is {batch_size}, but must be a positive multiple of {hosts}, the "
-            "number of hosts."
-        )
+        allowed = f"a positive multiple of {hosts}, the number of hosts"
+        raise ValueError(f"batch_size is {batch_size}, but must be {allowed}")

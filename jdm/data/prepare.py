@@ -1,7 +1,7 @@
-"""How a data set gets onto the disk: downloaded or copied into records, then decoded.
+"""Prepares a data set: downloads it, or copies a folder, to records, and then decodes them.
 
-Owns the checks before and the sentences after; TFDS does the work. What is interrupted leaves
-nothing under the name of what is prepared.
+TFDS does the work; this module owns the checks before it and the error messages after it. An
+interrupted preparation leaves nothing under the final name.
 """
 
 import contextlib
@@ -14,83 +14,65 @@ from pathlib import Path
 from typing import Any
 
 from jdm.data import DataError
-from jdm.data.datasets import FOLDER, Dataset, dataset
+from jdm.data.datasets import Dataset
 from jdm.data.folder import listing
+from jdm.data.images import check_room, mebibytes
+from jdm.data.lookup import dataset
 from jdm.data.records import make_builder
-from jdm.data.splits import DECODED, stored_split, whole_split
+from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
+from jdm.names import FOLDER
 
 
 def prepare(
     name: str, data_dir: str = "", *, size: int | None = None, skip_broken: bool = False
 ) -> Path:
-    """Prepares a data set unless it is prepared; returns the folder of its records.
+    """Prepares a data set, unless it is prepared already, and returns the folder of its records.
 
-    name: as in `jdm.data.datasets`. data_dir: see `splits.load_split`. size: of the images that are
-    decoded at once, so that training need not; None is that of the table, and of a folder, which
-    has none, leaves it to the first who reads it. skip_broken: leave out the images of a folder
-    that cannot be read.
+    name: see `lookup.dataset`. data_dir: see `splits.ReadOptions`. size: height and width of the
+    decoded images; None is the data set's default, and a folder, which has none, is not decoded.
+    skip_broken: whether to omit the broken images of a folder.
 
-    Raises ValueError for an unknown name, DataError for what is missing: TensorFlow, the network,
-    room on the disk, or images that can be read.
+    Raises InvalidValue for an unknown name, and DataError where TensorFlow, the network, room on
+    the disk or readable images are missing.
     """
     facts = dataset(name)
     options = dict(skip_broken=skip_broken) if facts.is_folder else {}
     builder = make_builder(facts, data_dir, **options)
     path = Path(builder.data_path)
     if not path.exists():
-        _make_records(facts, builder, path)
+        _prepare_records(facts, builder, path)
     size = size or next(iter(facts.sizes), None)
     if size:
         for split in {stored_split(facts, split) for split in facts.splits} - {"extra"}:
-            whole_split(facts, split, data_dir, size, facts.channels or 3)
+            whole_split(facts, split, ReadOptions(data_dir, size, facts.channels or 3))
     return path
 
 
-def _make_records(facts: Dataset, builder: Any, path: Path) -> None:
-    """Writes the records, in one piece or not at all."""
+def _prepare_records(facts: Dataset, builder: Any, path: Path) -> None:
+    """Checks what is needed, writes the records, and turns errors into DataError."""
     name = facts.name
     if facts.download and importlib.util.find_spec("tensorflow") is None:
-        raise DataError(
-            f"preparing {name} needs TensorFlow, which reading it does not: pip install "
-            f"'jdm[prepare]'; the download is {mebibytes(facts.download)}"
-        )
-    _check_room(facts, path)
+        why = f"preparing {name} needs TensorFlow (reading it does not): pip install 'jdm[prepare]'"
+        raise DataError(f"{why}; the download is {mebibytes(facts.download)}")
+    needed = listing(name.removeprefix(FOLDER)).total if facts.is_folder else 2 * facts.download
+    existing = next(parent for parent in path.parents if parent.exists())
+    check_room(existing, needed, f"preparing {name}", "--data_dir")
     if facts.download:
         print(f"downloading {name}, {mebibytes(facts.download)}", file=sys.stderr)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its bars are on the other stream
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS's messages; its bars use stderr
             builder.download_and_prepare()
-    except DataError:
-        raise
-    except Exception as error:  # TFDS, its downloader and TensorFlow share no type
-        # ArrayRecord has no errno.
+    except Exception as error:  # TFDS, its downloader and TensorFlow share no error type
+        # ArrayRecord's errors have no errno.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise DataError(f"no space is left in {path.parent} for {name}") from error
         if not facts.download:
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} could not be downloaded and prepared: {said}") from error
-    if facts.is_folder:  # what the folder held before
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name} could not be downloaded and prepared: {reason}") from error
+    if facts.is_folder:  # delete what was prepared before the folder changed
         root = path.parents[2]
-        prepared = root.glob(f"folder/{builder.same_folder}*")
-        for old in (*prepared, *root.glob(f"{DECODED}/folder-{builder.same_folder}*")):
-            if path.parent.name not in old.name:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def _check_room(facts: Dataset, path: Path) -> None:
-    """Raises DataError where the disk cannot hold the download and what is made of it."""
-    folder = next(parent for parent in path.parents if parent.exists())
-    needed = 2 * facts.download
-    if facts.is_folder:
-        needed = listing(facts.name.removeprefix(FOLDER)).total
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"preparing {facts.name} takes about {mebibytes(needed)}, but {folder} has room for "
-            f"{mebibytes(free)}; --data_dir names another folder"
-        )
+        for pattern in ("folder/", f"{DECODED}/folder-"):
+            for old in root.glob(f"{pattern}{builder.same_folder}*"):
+                if path.parent.name not in old.name:
+                    shutil.rmtree(old, ignore_errors=True)

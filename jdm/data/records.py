@@ -1,14 +1,13 @@
-"""Prepared files: what TFDS has written of a data set, how it gets there, and how it is read.
+"""Records: encoded images with labels, in the ArrayRecord files that TFDS writes.
 
-Owns the builders, where they keep their files, and what is said when the files are not there or not
-whole. Reads encoded images and their labels; never imports TensorFlow, which only the preparing of
-the downloaded sets needs (the extra `prepare`).
+Owns the builders that write these files, their folders, and the errors where files are missing or
+damaged. Reading never imports TensorFlow; only preparing a downloaded data set needs it (the extra
+`prepare`).
 """
 
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import io
 import os
 import shlex
@@ -21,25 +20,27 @@ import numpy as np
 from absl import logging
 
 from jdm.data import DataError
-from jdm.data.datasets import FOLDER, Dataset, dataset
+from jdm.data.datasets import Dataset
+from jdm.data.lookup import dataset
+from jdm.names import FOLDER
 
-BLOCK = 128  # records that are read at once
+BLOCK = 128  # records in one read
 
 
 class Records:
-    """A prepared split: encoded images and their labels, in the order they were written in.
+    """The records of a split, in the order of the files.
 
-    A record is {"image": bytes, "label": int32 [], or int8 [K] of 0 and 1 of a multi-label set}.
+    A record is {"image": bytes, "label": int32 []}; the label of a multi-label data set is int8 [K]
+    of 0 and 1. root: the folder of all prepared data sets. path: the folder of this one.
 
-    Raises ValueError for an unknown name or split, DataError where the files are not there, or
-    cannot be read.
+    Raises DataError where the files are missing or cannot be read.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str = ""):
-        self.facts, self._data_dir = dataset(name), data_dir
-        builder = prepared(self.facts, data_dir)
+    def __init__(self, facts: Dataset, split: str, data_dir: str = ""):
+        self.facts, self._data_dir = facts, data_dir
+        builder = prepared(facts, data_dir)
         self.path = Path(builder.data_path)
-        # Below the root are name, the configuration where a builder has one, and version.
+        # <root>/<name>/<version>, or <root>/folder/<configuration>/<version>
         self.root = self.path.parents[2 if self.facts.is_folder else 1]
         with _damage(self.facts, self.path, self._data_dir):
             import tensorflow_datasets as tfds
@@ -48,32 +49,27 @@ class Records:
             self._source = builder.as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
-            # TFDS would take longer to make arrays of a record than to read it.
+            # Not the decoders of TFDS, which take longer than reading the record.
             self._parse = tf_example_pb2.Example.FromString
             if self.facts.multi_label:
                 names = builder.info.features["attributes"]
-                self._attributes = [f"attributes/{name}" for name in names]
+                self._labels = [f"attributes/{name}" for name in names]
             expected = self._expected(split)
             if expected is not None and len(self._source) != expected:
                 raise ValueError(f"{len(self)} images in {split} instead of {expected}")
 
     def _expected(self, split: str) -> int | None:
-        """The number of records that the table knows of; None of a folder of one's own."""
+        """The number of records; None for a folder, whose broken images may be left out."""
+        sizes = self.facts.splits
         if self.facts.is_folder:
             return None
-        if self.facts.carved:
-            return sum(self.facts.splits.values())
-        return self.facts.splits[split]
+        return sum(sizes.values()) if self.facts.from_train else sizes[split]
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        with _damage(self.facts, self.path, self._data_dir):
-            return self._record(i, self._source[i])
-
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Several at once, which takes a fraction of the time of one by one."""
+        """The records of these rows. Reading many at once is much faster than one by one."""
         with _damage(self.facts, self.path, self._data_dir):
             stored = self._source.__getitems__(rows)
             return [self._record(i, one) for i, one in zip(rows, stored, strict=True)]
@@ -83,12 +79,12 @@ class Records:
             yield from self.__getitems__(range(start, min(start + BLOCK, len(self))))
 
     def _record(self, i: int, stored: bytes) -> dict[str, Any]:
-        if not stored:  # what ArrayRecord makes of a file cut short
+        if not stored:  # ArrayRecord returns no bytes where a file was cut short
             raise ValueError(f"record {i} is empty")
         found = self._parse(stored).features.feature
         (image,) = found["image"].bytes_list.value
         if self.facts.multi_label:
-            values = [found[name].int64_list.value[0] for name in self._attributes]
+            values = [found[name].int64_list.value[0] for name in self._labels]
             return {"image": image, "label": np.array(values, np.int8)}
         (label,) = found["label"].int64_list.value
         if not -1 <= label < self.facts.num_classes:
@@ -96,7 +92,7 @@ class Records:
         return {"image": image, "label": np.int32(label)}
 
     def fingerprint(self, split: str) -> str:
-        """Of what the files say of themselves, and their sizes: the same for every copy of them."""
+        """A hash of dataset_info.json and the files' names and sizes: the same for every copy."""
         digest = hashlib.sha256((self.path / "dataset_info.json").read_bytes())
         for path in sorted(self.path.glob(f"*-{split}.*")):
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
@@ -105,93 +101,88 @@ class Records:
 
 @contextlib.contextmanager
 def _damage(facts: Dataset, path: Path, data_dir: str) -> Iterator[None]:
-    """What goes wrong while prepared files are read, as a DataError."""
+    """Turns every error that occurs while records are read into a DataError."""
     try:
         yield
-    except Exception as error:  # TFDS, ArrayRecord and PIL share no type for "damaged"
-        again = (
-            "they will be made again"
-            if facts.alone
-            else f"run {command(facts.name, data_dir)} again"
-        )
-        raise DataError(
-            f"The prepared files of {facts.name} in {path} cannot be read ({error}): delete that "
-            f"folder and {again}."
-        ) from error
+    except Exception as error:  # TFDS and ArrayRecord share no error type
+        run = f"run {command(facts.name, data_dir)} again"
+        after = "they are prepared again" if facts.automatic else run
+        problem = f"the prepared files of {facts.name} in {path} cannot be read ({error})"
+        raise DataError(f"{problem}: delete that folder and {after}") from error
 
 
 def command(name: str, data_dir: str = "") -> str:
-    """What prepares a data set."""
-    where = [f"--data_dir={data_dir}"] if data_dir else []
-    return shlex.join(["jdm", "data", "prepare", name, *where])
+    """The command that prepares a data set."""
+    flags = [f"--data_dir={data_dir}"] if data_dir else []
+    return shlex.join(["jdm", "data", "prepare", name, *flags])
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:
-    """Whether a data set's files are there. Raises ValueError for an unknown name, DataError for
-    files of another format."""
-    return make_builder(dataset(name), data_dir).data_path.exists()  # TFDS writes beside, renames
+    """Whether a data set is prepared.
+
+    Raises InvalidValue for an unknown name, and DataError for files of another format.
+    """
+    # TFDS gives the folder this name when it is complete.
+    return make_builder(dataset(name), data_dir).data_path.exists()
 
 
 def check_prepared(name: str, data_dir: str = "") -> None:
-    """Raises DataError, with the command that helps, where training would find no files."""
+    """Raises DataError, with the command to run, unless a data set is prepared or `automatic`."""
     facts = dataset(name)
-    if not facts.alone:
+    if not facts.automatic:
         prepared(facts, data_dir)
 
 
 def prepared(facts: Dataset, data_dir: str) -> Any:
-    """The builder of a set whose files are there. Raises DataError where they are not.
+    """The builder of a prepared data set. Raises DataError where it is not prepared.
 
-    One that needs nothing from outside is prepared first; several processes may do so at once.
+    An `automatic` data set is prepared first; several processes may do so at once.
     """
     builder = make_builder(facts, data_dir)
     if not builder.data_path.exists():
-        if not facts.alone:
-            raise DataError(
-                f"data.name={facts.name!r} is not prepared in {builder.data_path}; run "
-                f"{command(facts.name, data_dir)}"
-            )
+        if not facts.automatic:
+            run = command(facts.name, data_dir)
+            raise DataError(f"{facts.name} is not prepared in {builder.data_path}; run {run}")
         print(f"Preparing {facts.name} in {builder.data_path}.", file=sys.stderr)
         write_records(builder)
-        builder = make_builder(facts, data_dir)  # the first may have lost a race: it knows no split
+        # If another process was faster, the old builder knows no splits.
+        builder = make_builder(facts, data_dir)
     return builder
 
 
 def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
-    """The TFDS builder of a data set; options: of a folder's, see `folder_builder.Folder`."""
-    import tensorflow_datasets as tfds  # here: takes most of a second
+    """The TFDS builder of a data set. options: of a folder, see `folder_builder.Folder`.
+
+    Raises DataError for data that was prepared in another format.
+    """
+    import tensorflow_datasets as tfds  # slow to import
 
     module = importlib.import_module(facts.module)  # registers the builder
-    # TFDS expands a ~ in some places only, and would leave a folder of that name behind.
-    options |= dict(
-        data_dir=os.path.expanduser(data_dir) if data_dir else None, file_format="array_record"
-    )
+    # TFDS would create a folder called "~", since it expands the name only in some places.
+    data_dir = os.path.expanduser(data_dir)
+    options |= dict(data_dir=data_dir or None, file_format="array_record")
     if facts.is_folder:
-        said = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # it warns of a configuration that it does not know
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # TFDS warns about every new configuration
         try:
             return module.Folder(path=facts.name.removeprefix(FOLDER), **options)
         finally:
-            logging.set_verbosity(said)
+            logging.set_verbosity(verbosity)
     try:
         return tfds.builder(facts.name, **options)
-    except ValueError as error:  # what is there already is in another format
+    except ValueError as error:  # prepared already, in another format
         raise DataError(
-            f"data.name={facts.name!r} is prepared in {data_dir or 'the usual folder of TFDS'} in "
-            "another format than array_record, which alone can be read; another data.dir is needed"
+            f"{facts.name} is prepared in {data_dir or 'the default folder of TFDS'} in another "
+            "format than array_record, the only one that jdm reads; use another folder"
         ) from error
 
 
 def write_records(builder: Any) -> None:
-    """Prepares quietly, in one piece or not at all."""
+    """Prepares a data set completely or not at all, without output."""
+    hidden = io.StringIO()  # progress bars of TFDS; absl's log is still shown
     try:
-        with (  # TFDS's own bars and announcements; absl's log is not affected
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
             builder.download_and_prepare()
-    except OSError:
-        # TFDS writes beside and renames. If the folder is there now, another process has
-        # renamed its own, equal one a moment earlier.
+    except OSError:  # also where another process has prepared the same data a moment earlier
         if not builder.data_path.exists():
             raise

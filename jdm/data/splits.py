@@ -1,195 +1,211 @@
-"""From the name of a data set to arrays: a split for evaluation, or what a run trains on.
+"""From the name of a data set to arrays: a split for evaluation, or the images of a training run.
 
-Owns which images belong to a split, and which of them, and of their labels, a run sees. All of it
-is settled once, before there are batches or hosts, by the seed where a draw is involved:
+Owns which images belong to a split, and which images and labels a run sees. Both are fixed before
+there are batches or hosts, in these steps; random draws depend on the seed alone:
 
-    records -> split (carved where the set has none of its own) -> classes -> limit -> hidden
-    labels -> images of a second set, all of them unlabelled
+    records -> the split, which may be held out of train -> selected classes -> limit
+    -> hidden labels -> images of a second data set, without labels
 """
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
 
-from jdm.data.datasets import Dataset, dataset
+from jdm.data.datasets import Dataset
 from jdm.data.decoding import VERSION
-from jdm.data.images import Encoded, Joined, decoded, kept_labels
-from jdm.data.labels import draw, hide_labels
+from jdm.data.images import EncodedImages, Pixels, Selection, decoded_split, labels_of
+from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
+from jdm.data.lookup import dataset
 from jdm.data.records import Records
+from jdm.errors import NO_VALUE, InvalidValue
 
-DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared sets
-CARVED = 20_230_918  # the seed of what is carved: the same images in every run
+DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
+HELD_OUT_SEED = 20_230_918  # of the draw of held-out images, which is the same in every run
 
 
-def load_split(
-    name: str,
-    split: str,
-    data_dir: str = "",
-    *,
-    size: int | None = None,
-    channels: int | None = None,
-    classes: Sequence[int] = (),
-    validation: float = 0.0,
-    cache_dir: str = "",
-    workers: int = 0,
-) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n ..."]]:
-    """A whole split, decoded: images in [0, 255] and labels in [0, num_classes), -1 = unlabelled.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """A split of a data set; unpacks to (images, labels).
 
-    name, split: a data set of `jdm.data.datasets` and one of its splits; "validation" is a share of
-    "train", `validation`, where the set has none. data_dir: where TFDS keeps prepared data; "" is
-    $TFDS_DATA_DIR, or else ~/tensorflow_datasets. size, channels: what the images are brought to;
-    None is what the set has. classes: those that are kept, in the order of their new labels; empty
-    is all. cache_dir: of the decoded images; "" is a folder beside the prepared data. workers: if
-    above 0, only the images that are asked for are decoded, and none are kept.
-
-    Labels are int32 [N], of a multi-label set int8 [N, K]. The images may be mapped from a file.
-
-    Raises ValueError for an unknown name, split or class, DataError for files that are not there or
-    cannot be read.
+    images: uint8 [N, H, W, C], in memory or mapped from a file. labels: int32 [N] in [0, K), or
+    int8 [N, K] of 0 and 1 for K attributes; -1 is unlabelled. name: such as "test", for errors.
     """
-    facts = dataset(name)
-    known = splits_of(facts, validation)
+
+    images: Pixels
+    labels: Labels
+    name: str = ""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.images, self.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """How a data set is read.
+
+    data_dir: where TFDS keeps prepared data; "" is $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+    size, channels: what images are converted to; None is the default of the data set. classes: the
+    classes to keep, in the order of their new labels; () is all. validation: the share of "train"
+    that is held out as "validation", where the data set has no such split. cache_dir: where decoded
+    images are kept; "" is a folder beside the prepared data. workers: 0 keeps decoded images on
+    disk; with 1 or more, images are decoded each time they are read.
+    """
+
+    data_dir: str = ""
+    size: int | None = None
+    channels: int | None = None
+    classes: Sequence[int] = ()
+    validation: float = 0.0
+    cache_dir: str = ""
+    workers: int = 0
+
+    @classmethod
+    def of(cls, data: ConfigDict, model: ConfigDict) -> "ReadOptions":
+        """How a run with these sections of a config reads its data sets."""
+        same = {key: data[key] for key in ("classes", "validation", "cache_dir", "workers")}
+        return cls(data.dir, model.image_size, model.image_channels, **same)
+
+
+def load_split(name: str, split: str, options: ReadOptions = ReadOptions()) -> Split:
+    """A whole split of a data set, decoded.
+
+    name: see `lookup.dataset`. split: one of the splits in `split_names`.
+
+    Raises InvalidValue for an unknown name, split or class, and DataError for files that are
+    missing or cannot be read.
+    """
+    known = split_names(dataset(name), options.validation)
     if split not in known:
-        raise ValueError(f"split={split!r} is unknown; {name} has {', '.join(known)}")
-    images, labels = whole_split(facts, split, data_dir, size, channels, cache_dir, workers)
-    rows = split_rows(facts, split, labels, validation)
-    kept, labels = keep_classes(labels, classes, facts)
-    rows = rows[kept[rows]]
-    if len(rows) == len(images) and not workers:
-        return images, labels
-    return images[rows], labels[rows]
+        raise InvalidValue("split", split, f"is unknown; {name} has {', '.join(known)}")
+    images, labels, rows = _select(name, split, options)
+    if isinstance(images, np.ndarray) and len(rows) == len(images):
+        return Split(images, labels, split)
+    return Split(images[rows], labels[rows], split)
 
 
 def training_set(
     name: str,
-    data_dir: str,
+    options: ReadOptions,
     *,
     seed: int,
-    size: int,
-    channels: int,
-    classes: Sequence[int] = (),
     limit: int = 0,
-    validation: float = 0.0,
     labelled_fraction: float = 1.0,
     labelled_per_class: int = 0,
     unlabelled: str = "",
-    cache_dir: str = "",
-    workers: int = 0,
-) -> tuple[Joined, Int[np.ndarray, "n ..."]]:
-    """What a run trains on: images, gathered when asked, and labels, -1 = unlabelled.
+) -> tuple[Selection, Labels]:
+    """(images, labels) that a run trains on; the labels are as in `Split`.
 
-    limit: how many images at most, of each class alike; 0 is all. labelled_fraction,
-    labelled_per_class: see `hide_labels`. unlabelled: a second data set, whose "train" is added
-    without its labels. workers: if above 0, images stay encoded, for so many processes to decode.
-    The rest is as in `load_split`.
+    seed: of the draws. limit: the largest number of images, of each class in proportion; 0 is all.
+    labelled_fraction, labelled_per_class: see `hide_labels`. unlabelled: a second data set, whose
+    split "train" is added with all labels -1.
 
-    Raises ValueError, naming the config's key, and DataError as `load_split` does.
+    Raises InvalidValue, about the config key, and DataError as `load_split` does.
     """
-    facts = dataset(name)
-    images, labels = whole_split(facts, "train", data_dir, size, channels, cache_dir, workers)
-    rows = split_rows(facts, "train", labels, validation)
-    kept, labels = keep_classes(labels, classes, facts)
-    rows = rows[kept[rows]]
+    images, labels, rows = _select(name, "train", options)
     if 0 < limit < len(rows):
-        among = np.zeros(len(labels), bool)
-        among[rows] = True
-        rows = np.sort(draw(labels, limit, seed, among))
+        candidates = np.isin(np.arange(len(labels)), rows)
+        rows = np.sort(draw_rows(labels, limit, seed, candidates))
     labels = hide_labels(labels[rows], labelled_fraction, labelled_per_class, seed)
     parts = [(images, rows)]
     if unlabelled:
-        others, their_labels = whole_split(
-            dataset(unlabelled), "train", data_dir, size, channels, cache_dir, workers
-        )
-        theirs = split_rows(dataset(unlabelled), "train", their_labels, validation)
-        parts.append((others, theirs))
-        hidden = np.full((len(theirs), *labels.shape[1:]), -1, labels.dtype)
+        images, _, rows = _select(unlabelled, "train", dataclasses.replace(options, classes=()))
+        parts.append((images, rows))
+        hidden = np.full((len(rows), *labels.shape[1:]), -1, labels.dtype)
         labels = np.concatenate([labels, hidden])
-    return Joined(parts), labels
+    return Selection(parts), labels
 
 
-def splits_of(facts: Dataset, validation: float) -> tuple[str, ...]:
-    """The splits that can be asked for."""
-    carves = "validation" not in facts.splits and validation > 0
-    return (*facts.splits, *(["validation"] if carves else []))
+def _select(
+    name: str, split: str, options: ReadOptions
+) -> tuple[Pixels | EncodedImages, Labels, Rows]:
+    """(images, labels, rows): all that is stored together, and the rows that are in the split."""
+    facts = dataset(name)
+    images, labels = whole_split(facts, split, options)
+    rows = split_rows(facts, split, labels, options.validation)
+    kept, labels = keep_classes(labels, options.classes, facts)
+    return images, labels, rows[kept[rows]]
 
 
-def split_rows(
-    facts: Dataset, split: str, labels: Int[np.ndarray, "n ..."], validation: float
-) -> Int[np.ndarray, " m"]:
-    """Which of the records that `split` is read from belong to it, in order."""
-    if split in facts.carved or (split == "train" and facts.carved):
-        shares = {name: facts.splits[name] for name in facts.carved}
+def split_names(facts: Dataset, validation: float) -> tuple[str, ...]:
+    """The splits that can be read. validation: the share of "train" that is held out."""
+    held_out = {"validation": 0} if validation > 0 else {}
+    return tuple({**facts.splits, **held_out})
+
+
+def split_rows(facts: Dataset, split: str, labels: Labels, validation: float) -> Rows:
+    """The rows of a split in ascending order. labels: of the stored split that contains it."""
+    if split in facts.from_train or (split == "train" and facts.from_train):
+        counts = {name: facts.splits[name] for name in facts.from_train}
     elif "validation" not in facts.splits and split in ("train", "validation"):
-        shares = {"validation": max(round(validation * len(labels)), int(validation > 0))}
+        counts = {"validation": max(round(validation * len(labels)), int(validation > 0))}
     else:
         return np.arange(len(labels))
     left = np.ones(len(labels), bool)
-    for name, count in shares.items():
-        rows = np.sort(draw(labels, count, CARVED, left))
+    for name, count in counts.items():
+        rows = np.sort(draw_rows(labels, count, HELD_OUT_SEED, left))
         if name == split:
             return rows
         left[rows] = False
     return np.flatnonzero(left)
 
 
-def keep_classes(
-    labels: Int[np.ndarray, "n ..."], classes: Sequence[int], facts: Dataset
-) -> tuple[np.ndarray, Int[np.ndarray, "n ..."]]:
-    """(which rows are of the classes, bool [N]; the labels, renumbered in the classes' order).
-
-    Of a multi-label set every row stays, with the labels of these classes alone.
-
-    Raises ValueError for a class that is not there, or is named twice.
-    """
-    if not classes:
-        return np.ones(len(labels), bool), labels
+def check_classes(classes: Sequence[int], facts: Dataset) -> None:
+    """Raises InvalidValue for a class that the data set does not have, or that is named twice."""
     for one in classes:
         if not 0 <= one < facts.num_classes or list(classes).count(one) > 1:
-            raise ValueError(
-                f"data.classes={tuple(classes)} must be different numbers from 0 to "
-                f"{facts.num_classes - 1}, the classes of {facts.name}"
-            )
-    if labels.ndim > 1:
-        return np.ones(len(labels), bool), labels[:, list(classes)]
-    renumbered = np.full(facts.num_classes + 1, -1, np.int32)  # the last one is that of -1
+            known = f"from 0 to {facts.num_classes - 1}, the classes of {facts.name}"
+            allowed = f"must be different numbers {known}"
+            raise InvalidValue("config.data.classes", tuple(classes), allowed)
+
+
+def keep_classes(labels: Labels, classes: Sequence[int], facts: Dataset) -> tuple[Mask, Labels]:
+    """(rows to keep, new labels of all rows): classes[k] gets the label k; () keeps all labels.
+
+    Unlabelled rows are kept. Of labels [N, K], every row is kept, with the columns `classes`.
+
+    Raises InvalidValue as `check_classes` does.
+    """
+    check_classes(classes, facts)
+    if not classes or labels.ndim > 1:
+        return np.ones(len(labels), bool), labels[:, list(classes)] if classes else labels
+    renumbered = np.full(facts.num_classes + 1, -1, np.int32)  # the last entry is for the label -1
     renumbered[list(classes)] = np.arange(len(classes))
     new = renumbered[labels]
     return (new >= 0) | (labels < 0), new
 
 
 def stored_split(facts: Dataset, split: str) -> str:
-    """The split of the records that a split is read from."""
-    return "train" if split in facts.carved or split not in facts.splits else split
+    """The split that contains this one in the records."""
+    return "train" if split in facts.from_train or split not in facts.splits else split
 
 
 def whole_split(
-    facts: Dataset,
-    split: str,
-    data_dir: str,
-    size: int | None,
-    channels: int | None,
-    cache_dir: str = "",
-    workers: int = 0,
-) -> tuple[np.ndarray | Encoded, np.ndarray]:
-    """All records that the split is read from: (images, labels), decoded if need be."""
+    facts: Dataset, split: str, options: ReadOptions
+) -> tuple[Pixels | EncodedImages, Labels]:
+    """(images, labels) of the stored split that contains a split; decodes it the first time.
+
+    Raises InvalidValue where neither options nor facts have the size or the channels.
+    """
     stored = stored_split(facts, split)
-    records = Records(facts.name, stored, data_dir)
-    size = size or (facts.sizes or (0,))[0]
-    channels = channels or facts.channels
+    records = Records(facts, stored, options.data_dir)
+    size = options.size or (facts.sizes or (0,))[0]
+    channels = options.channels or facts.channels
     if not size or not channels:
-        raise ValueError(f"{facts.name} has images of any size; size and channels are needed")
-    root = Path(cache_dir).expanduser() if cache_dir else records.root / DECODED
-    where = "-".join(records.path.relative_to(records.root).parts)
-    if workers:
-        folder = root / f"{where}-{stored}-labels-{records.fingerprint(stored)}"
-        reopen = functools.partial(Records, facts.name, stored, data_dir)
-        return Encoded(reopen, len(records), size, channels), kept_labels(folder, records)
-    shape = f"{size}x{size}x{channels}-v{VERSION}"
-    folder = root / f"{where}-{stored}-{shape}-{records.fingerprint(stored)}"
+        allowed = f"and channels must be given: the images of {facts.name} may have any size"
+        raise InvalidValue("size", NO_VALUE, allowed)
+    cache = Path(options.cache_dir).expanduser() if options.cache_dir else records.root / DECODED
+    prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
+    fingerprint = records.fingerprint(stored)
+    if options.workers:
+        reopen = functools.partial(Records, facts, stored, options.data_dir)
+        images = EncodedImages(reopen, len(records), size, channels)
+        return images, labels_of(cache / f"{prefix}-labels-{fingerprint}", records)
+    folder = cache / f"{prefix}-{size}x{size}x{channels}-v{VERSION}-{fingerprint}"
     if not folder.exists():
         print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
-    return decoded(folder, records, size, channels)
+    return decoded_split(folder, records, size, channels)

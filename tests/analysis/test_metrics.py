@@ -10,43 +10,42 @@ def splits():
     return {name: load_split("digits", name) for name in ("train", "test")}
 
 
-def test_judges_know_real_digits_and_are_not_fooled_by_labels(splits):
-    train, (images, labels) = splits["train"], splits["test"]
-    right = metrics.class_agreement(*train, images, labels)
-    wrong = metrics.class_agreement(*train, images, (labels + 1) % 10)
+def test_reference_classifiers_tell_right_labels_of_real_digits_from_wrong_ones(splits):
+    reference, (images, labels) = metrics.ReferenceClassifiers(*splits["train"]), splits["test"]
+    right = reference.agreement(images, labels)
+    wrong = reference.agreement(images, (labels + 1) % 10)
     assert set(right) == {"svc", "1-nn"}
     assert min(right.values()) > 0.96 and max(wrong.values()) < 0.02
 
 
-def test_a_judge_is_fitted_once_and_the_next_one_judges_alike(splits, monkeypatch):
+def test_a_fit_serves_all_calls_and_is_deterministic(splits, monkeypatch):
     from sklearn.svm import SVC
 
     fits, fit = [], SVC.fit
     monkeypatch.setattr(SVC, "fit", lambda *args: fits.append(1) or fit(*args))
     (train, train_labels), (images, labels) = splits["train"], splits["test"]
-    judge = metrics.Judge(train[:300], train_labels[:300])
-    said = [judge.agreement(images, some) for some in (labels, (labels + 1) % 10)]
-    assert len(fits) == 1
-    assert said[0] == metrics.class_agreement(train[:300], train_labels[:300], images, labels)
-    assert said[0]["svc"] > 0.9 and said[1]["svc"] < 0.1
-    other = metrics.Judge(train[:300], train_labels[:300])
-    np.testing.assert_array_equal(judge.features(images), other.features(images))
+    one, other = (metrics.ReferenceClassifiers(train[:100], train_labels[:100]) for _ in range(2))
+    right, wrong = (one.agreement(images, some) for some in (labels, (labels + 1) % 10))
+    assert right == other.agreement(images, labels)
+    assert right["svc"] > 0.9 and wrong["svc"] < 0.1
+    np.testing.assert_array_equal(one.features(images), other.features(images))
+    assert len(fits) == 2
 
 
-def test_features_tell_classes_apart_and_the_real_from_noise(splits):
-    (train, train_labels), (images, labels) = splits["train"], splits["test"]
-    judge = metrics.Judge(train, train_labels)
-    features, known = judge.features(images), judge.features(train)
+def test_features_tell_classes_apart_and_real_images_from_noise(splits):
+    train, train_labels = (array[:600] for array in splits["train"])  # half the time of a whole fit
+    reference, (images, labels) = metrics.ReferenceClassifiers(train, train_labels), splits["test"]
+    features, known = reference.features(images), reference.features(train)
     assert features.shape == (360, metrics.FEATURES) and features.min() == 0
     means = np.stack([known[train_labels == k].mean(axis=0) for k in range(10)])
     nearest = ((features[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
     assert (nearest == labels).mean() > 0.9
 
-    # Other real digits are near, and nearer than those without a class or than noise.
+    # Other real digits are nearer than digits without one of the classes, or noise.
     real = metrics.frechet_distance(known, features)
-    lost = metrics.frechet_distance(known, judge.features(images[labels != 3]))
+    without_3 = metrics.frechet_distance(known, reference.features(images[labels != 3]))
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
-    assert 0 < 3 * real < lost < metrics.frechet_distance(known, judge.features(noise))
+    assert 0 < 3 * real < without_3 < metrics.frechet_distance(known, reference.features(noise))
 
 
 def gaussian(mean, covariance, rows=200, seed=0):
@@ -74,7 +73,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert metrics.frechet_distance(b, a) == pytest.approx(expected)
 
 
-def test_frechet_distance_of_a_set_to_itself_and_to_itself_moved():
+def test_frechet_distance_of_a_set_to_itself_and_to_a_shifted_copy():
     a = gaussian(np.arange(4.0), np.eye(4) + 0.5)
     assert metrics.frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
     assert metrics.frechet_distance(a, a + [0.0, 3.0, 0.0, -4.0]) == pytest.approx(25)
@@ -86,7 +85,7 @@ def test_frechet_distance_of_fewer_rows_than_features():
     rng = np.random.default_rng(0)
     a, b = np.zeros((2, 6, 40))
     a[:, :20], b[:, 20:] = rng.normal(size=(2, 6, 20))
-    # Nothing is shared: what is left of the formula is the traces.
+    # The supports are orthogonal, so only the traces and the means count.
     traces = a.var(axis=0, ddof=1).sum() + b.var(axis=0, ddof=1).sum()
     expected = traces + ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
     assert metrics.frechet_distance(a, b) == pytest.approx(expected)
@@ -95,8 +94,8 @@ def test_frechet_distance_of_fewer_rows_than_features():
         metrics.frechet_distance(a, b[:1])
 
 
-def test_nearest_neighbour_ratio_of_the_real_a_copy_and_noise(splits):
-    train, test = splits["train"][0], splits["test"][0]
+def test_nearest_neighbour_ratio_of_real_images_copies_and_noise(splits):
+    train, test = splits["train"].images, splits["test"].images
     assert metrics.nearest_neighbour_ratio(train, test, test)["mean"] == pytest.approx(1)
     assert metrics.nearest_neighbour_ratio(train, test, train[:9]) == pytest.approx(
         {"mean": 0, "least": 0}, abs=1e-6
@@ -113,7 +112,7 @@ def test_distances_against_closed_form():
     assert metrics.within_class_distance(images, np.zeros(3, int))[0] == pytest.approx(4 / 3)
 
 
-def test_diversity_ratio_sees_repeated_pictures(splits):
+def test_diversity_ratio_sees_repeated_images(splits):
     images, labels = splits["train"]
     same = metrics.diversity_ratio(images, labels, images, labels)
     assert same["mean"] == pytest.approx(1) and same["least"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""What the data tests share: digits prepared once, and a way to run code in a bare process."""
+"""Shared by the data tests: digits, prepared once, and a way to run code in a new process."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from jdm.data import splits
 def digits_dir(tmp_path_factory) -> str:
     """A data_dir that holds the prepared digits; do not write into it."""
     folder = str(tmp_path_factory.mktemp("prepared"))
-    splits.load_split("digits", "test", folder)
+    splits.load_split("digits", "test", splits.ReadOptions(folder))
     return folder
 
 

@@ -2,16 +2,19 @@ import dataclasses
 
 import pytest
 
-from jdm.data.datasets import DATASETS, dataset
+from jdm import names
+from jdm.data.datasets import DATASETS
+from jdm.data.lookup import dataset
 
 
-def test_every_entry_is_filed_under_its_own_name():
-    assert all(dataset(name).name == name for name in DATASETS)
+def test_every_name_has_its_entry():
+    assert tuple(dataset(name).name for name in names.DATASETS) == names.DATASETS == tuple(DATASETS)
 
 
 def test_an_unknown_name_is_one_sentence_with_the_known_ones():
     said = (
-        r"^data\.name='digit' is unknown; known: digits, .* or folder:/path; did you mean digits\?$"
+        r"^config\.data\.name='digit' is unknown; known: digits, .*, folder:/path; "
+        r"did you mean digits\?$"
     )
     with pytest.raises(ValueError, match=said):
         dataset("digit")
@@ -22,9 +25,9 @@ def test_the_facts_cannot_be_changed_by_accident():
         dataset("digits").channels = 3
 
 
-def test_the_table_and_the_pipeline_load_no_heavy_library(start_python):
+def test_no_heavy_library_is_imported_before_it_is_needed(start_python):
     code = """
-import sys, jdm.data.datasets, jdm.data.pipeline, jdm.data.splits, jdm.data.prepare
+import sys, jdm.data.fit, jdm.data.pipeline, jdm.data.prepare
 heavy = {"jax", "tensorflow", "tensorflow_datasets", "grain", "sklearn", "PIL"}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -1,4 +1,4 @@
-"""Decoding in processes is decoding the same."""
+"""Decoding by threads and by processes: the same images, in order, or one error."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from jdm.data import DataError, decoding
 from jdm.data.decoding import decode
-from jdm.data.images import BLOCK, decoded
+from jdm.data.images import BLOCK, decoded_split
 
 RNG = np.random.default_rng(0)
 
@@ -21,7 +21,7 @@ def jpeg(pixels: np.ndarray, **options) -> bytes:
 
 
 class Memory:
-    """Records that are lists."""
+    """Records in memory."""
 
     path = Path("memory")
 
@@ -37,31 +37,31 @@ class Memory:
 
 @pytest.fixture(params=["threads", "processes"])
 def many(request, monkeypatch) -> list[bytes]:
-    """Images, of which the last block is not full."""
+    """Images whose last block is not full."""
     monkeypatch.setattr(decoding, "MANY", 0 if request.param == "processes" else 10**9)
     shape = (2 * BLOCK + 5, 12, 16, 3)
     return [jpeg(one) for one in RNG.integers(0, 256, shape, dtype=np.uint8)]
 
 
 def test_a_split_is_decoded_in_order(many, tmp_path):
-    found, labels = decoded(tmp_path / "split", Memory(many), 8, 3)
+    found, labels = decoded_split(tmp_path / "split", Memory(many), 8, 3)
     np.testing.assert_array_equal(found, [decode(one, 8, 3) for one in many])
     np.testing.assert_array_equal(labels, np.arange(len(many)))
 
 
-def test_the_first_broken_image_is_named_and_nothing_is_left(many, tmp_path):
+def test_the_first_broken_image_is_named_and_no_file_is_left(many, tmp_path):
     first = BLOCK + 3
     many[first] = many[first][:200]
     many[first + 1] = b"broken too"
     with pytest.raises(DataError, match=f"^memory: image {first} cannot be decoded .*[Tt]runcated"):
-        decoded(tmp_path / "split", Memory(many), 8, 3)
+        decoded_split(tmp_path / "split", Memory(many), 8, 3)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_is_gone_is_one_sentence(tmp_path, monkeypatch):
+def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
     many = [jpeg(np.zeros((8, 8, 3), np.uint8))] * 3
     monkeypatch.setattr(decoding, "MANY", 0)
     monkeypatch.setattr(decoding.sys, "executable", "/bin/true")
-    with pytest.raises(DataError, match="a process that decoded images was ended"):
-        decoded(tmp_path / "split", Memory(many), 8, 3)
+    with pytest.raises(DataError, match="^a process that decodes images was killed$"):
+        decoded_split(tmp_path / "split", Memory(many), 8, 3)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A folder of one's own images: what is found in it, prepared, and refused."""
+"""A folder of the user's own images: what is listed, prepared and refused."""
 
 import signal
 import tarfile
@@ -8,26 +8,30 @@ import pytest
 from PIL import Image
 
 from jdm.data import DataError
-from jdm.data.datasets import dataset
 from jdm.data.decoding import decode
 from jdm.data.folder import listing
+from jdm.data.lookup import dataset
 from jdm.data.prepare import prepare
 from jdm.data.records import is_prepared
-from jdm.data.splits import load_split, training_set
+from jdm.data.splits import ReadOptions, Split, load_split, training_set
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def look_again():
-    """A process looks at a folder once; these tests change theirs."""
+def new_listing():
+    """A process lists a folder once, but these tests change their folders."""
     listing.cache_clear()
     yield
     listing.cache_clear()
 
 
+def read(name: str, data_dir: str, split: str = "train", size: int = 8, channels: int = 3) -> Split:
+    return load_split(name, split, ReadOptions(data_dir, size, channels))
+
+
 def draw(path, size=(8, 8), mode="RGB"):
-    """An image of noise, as a file."""
+    """Writes an image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
     Image.fromarray(RNG.integers(0, 256, size=shape, dtype=np.uint8)).save(path)
@@ -35,7 +39,7 @@ def draw(path, size=(8, 8), mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, several kinds of files, sizes and depths."""
+    """Two classes, with files of several formats, sizes and depths."""
     root = tmp_path / "pets"
     for i in range(6):
         draw(root / "cat" / f"{i}.png")
@@ -47,55 +51,55 @@ def folder(tmp_path):
     return root
 
 
-def test_facts_are_those_of_the_folder(folder):
+def test_a_folder_has_facts_like_an_entry_of_the_table(folder):
     facts = dataset(f"folder:{folder}")
-    assert facts.num_classes == 2 and facts.class_names == ("cat", "dog")
-    assert facts.splits == {"train": 9} and listing(str(folder)).ignored == 1
+    assert facts.num_classes == 2 and facts.splits == {"train": 9}
+    assert listing(str(folder)).classes == ("cat", "dog") and listing(str(folder)).ignored == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_and_labels_are_those_of_the_files(folder, tmp_path, channels):
+def test_images_and_labels_match_the_files(folder, tmp_path, channels):
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     prepare(name, data_dir)
-    images, labels = load_split(name, "train", data_dir, size=8, channels=channels)
+    images, labels = read(name, data_dir, channels=channels)
     assert images.shape == (9, 8, 8, channels) and labels.tolist() == [0] * 7 + [1] * 2
     files = [*sorted((folder / "cat").iterdir()), folder / "dog" / "grey.png"]
     for image, path in zip(images, [*files, folder / "dog" / "more" / "tall.jpeg"], strict=True):
         np.testing.assert_array_equal(image, decode(path.read_bytes(), 8, channels))
 
 
-def test_splits_of_its_own(folder, tmp_path):
+def test_a_folder_with_splits(folder, tmp_path):
     name, data_dir = f"folder:{tmp_path / 'split'}", str(tmp_path / "data")
     for split in ("train", "val", "test"):
         for one in ("a", "b"):
             draw(tmp_path / "split" / split / one / "0.png")
     assert dataset(name).splits == {"train": 2, "validation": 2, "test": 2}
     prepare(name, data_dir)
-    image, label = load_split(name, "validation", data_dir, size=8, channels=3)
+    image, label = read(name, data_dir, "validation")
     expected = (tmp_path / "split" / "val" / "b" / "0.png").read_bytes()
     np.testing.assert_array_equal(image[1], decode(expected, 8, 3))
     assert label.tolist() == [0, 1]
 
 
-def test_a_folder_that_changed_is_not_the_one_that_was_prepared(folder, tmp_path):
+def test_a_folder_that_changed_has_to_be_prepared_again(folder, tmp_path):
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     before = prepare(name, data_dir)
     assert not (tmp_path / "data" / "jdm_decoded").exists()
-    assert prepare(name, data_dir, size=8) == before  # prepared already; decoded now
+    assert prepare(name, data_dir, size=8) == before  # prepared already, now decoded
     assert len(list((tmp_path / "data" / "jdm_decoded").iterdir())) == 1
     draw(folder / "dog" / "new.png")
     listing.cache_clear()
     with pytest.raises(DataError) as info:
-        load_split(name, "train", data_dir, size=8, channels=3)
+        read(name, data_dir)
     assert "is not prepared in" in str(info.value)
     assert str(info.value).endswith(f"run jdm data prepare {name} --data_dir={data_dir}")
     after = prepare(name, data_dir)
     assert not before.exists() and not any((tmp_path / "data" / "jdm_decoded").iterdir())
-    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 10
+    assert len(read(name, data_dir).images) == 10
     assert [path.name for path in after.parent.parent.iterdir()] == [after.parent.name]
 
 
-def test_broken_images_are_named_and_counted_or_left_out(folder, tmp_path):
+def test_broken_images_are_counted_and_named_or_left_out(folder, tmp_path):
     name, data_dir = f"folder:{folder}", tmp_path / "data"
     whole = (folder / "cat" / "1.png").read_bytes()
     (folder / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -104,16 +108,16 @@ def test_broken_images_are_named_and_counted_or_left_out(folder, tmp_path):
         prepare(name, str(data_dir))
     said = str(info.value)
     assert said.startswith(f"2 of 9 images in {folder} cannot be read: cat/1.png (")
-    assert "cat/3.png (" in said and said.endswith("; --skip-broken goes on without them")
+    assert "cat/3.png (" in said and said.endswith("; --skip-broken leaves them out")
     assert "\n" not in said
-    assert not any(path.name == "1.0.0" for path in data_dir.rglob("*"))  # nothing looks prepared
+    assert not any(path.name == "1.0.0" for path in data_dir.rglob("*"))  # no final folder
     prepare(name, str(data_dir), skip_broken=True)
-    images, labels = load_split(name, "train", str(data_dir), size=8, channels=3)
+    images, labels = read(name, str(data_dir))
     assert labels.tolist() == [0] * 5 + [1] * 2
     np.testing.assert_array_equal(images[1], decode((folder / "cat" / "2.png").read_bytes(), 8, 3))
 
 
-def test_a_name_of_any_letters_is_prepared_and_cleared_away_like_others(folder, tmp_path):
+def test_a_folder_of_any_name_is_prepared_and_replaced(folder, tmp_path):
     folder = folder.rename(folder.with_name("my pets, [2] * ü"))
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     before = prepare(name, data_dir, size=8)
@@ -121,7 +125,7 @@ def test_a_name_of_any_letters_is_prepared_and_cleared_away_like_others(folder, 
     listing.cache_clear()
     prepare(name, data_dir, size=8)
     assert not before.exists() and len(list((tmp_path / "data" / "jdm_decoded").iterdir())) == 1
-    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 10
+    assert len(read(name, data_dir).images) == 10
 
 
 KILLED = """
@@ -141,28 +145,28 @@ prepare(*sys.argv[1:])
 """
 
 
-def test_what_was_killed_does_not_look_prepared(folder, tmp_path, start_python):
+def test_a_killed_preparation_leaves_nothing_prepared(folder, tmp_path, start_python):
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     process = start_python(KILLED, name, data_dir)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert any((tmp_path / "data").rglob("*incomplete*")) and not is_prepared(name, data_dir)
     with pytest.raises(DataError, match="is not prepared in"):
-        load_split(name, "train", data_dir, size=8, channels=3)
+        read(name, data_dir)
     prepare(name, data_dir)
-    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 9
+    assert len(read(name, data_dir).images) == 9
 
 
-def test_a_file_that_cannot_be_opened_is_a_broken_one(folder, tmp_path):
+def test_a_file_that_cannot_be_opened_is_a_broken_image(folder, tmp_path):
     (folder / "cat" / "7.png").symlink_to(tmp_path / "nowhere.png")
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     with pytest.raises(DataError, match=r"^1 of 10 images .*: cat/7\.png \(No such file"):
         prepare(name, data_dir)
     prepare(name, data_dir, skip_broken=True)
-    assert len(load_split(name, "train", data_dir, size=8, channels=3)[0]) == 9
+    assert len(read(name, data_dir).images) == 9
 
 
-def test_a_split_of_which_nothing_can_be_read_is_none(tmp_path):
+def test_a_split_without_a_readable_image_is_an_error(tmp_path):
     for path in ("train/a/0.png", "train/b/0.png", "test/a/0.png"):
         draw(tmp_path / "x" / path)
     (tmp_path / "x" / "test" / "a" / "0.png").write_bytes(b"")
@@ -171,23 +175,23 @@ def test_a_split_of_which_nothing_can_be_read_is_none(tmp_path):
         prepare(name, str(tmp_path / "data"), skip_broken=True)
     (tmp_path / "x" / "test" / "a" / "0.png").unlink()
     listing.cache_clear()
-    with pytest.raises(ValueError, match=": test has no PNG or JPEG file$"):
+    with pytest.raises(ValueError, match="/x' has no PNG or JPEG file in test$"):
         dataset(name)
 
 
-def test_a_class_of_which_nothing_can_be_read_is_no_class(folder, tmp_path):
+def test_a_class_without_a_readable_image_is_an_error(folder, tmp_path):
     for path in (folder / "dog").rglob("*.*g"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"^no image of the class 'dog' in .* can be read$"):
         prepare(f"folder:{folder}", str(tmp_path / "data"), skip_broken=True)
 
 
-def test_what_is_no_folder_of_classes_is_one_sentence(tmp_path):
+def test_a_folder_without_classes_is_one_sentence(tmp_path):
     def said() -> str:
         listing.cache_clear()
         with pytest.raises(ValueError) as info:
             dataset(f"folder:{tmp_path / 'x'}")
-        assert str(info.value).startswith(f"data.name='folder:{tmp_path / 'x'}'")
+        assert str(info.value).startswith(f"config.data.name='folder:{tmp_path / 'x'}'")
         return str(info.value)
 
     assert said().endswith("is not a folder")
@@ -196,18 +200,17 @@ def test_what_is_no_folder_of_classes_is_one_sentence(tmp_path):
     draw(tmp_path / "x" / "cat" / "0.png")
     assert said().endswith("has one class only, 'cat'; two or more are needed")
     (tmp_path / "x" / "dog").mkdir()
-    assert said().endswith(": the class 'dog' has no PNG or JPEG file")
+    assert said().endswith("has no PNG or JPEG file of the class 'dog'")
 
 
-def test_training_reads_a_folder_as_evaluation_does(folder, tmp_path):
+def test_training_and_evaluation_read_the_same_images(folder, tmp_path):
     name, data_dir = f"folder:{folder}", str(tmp_path / "data")
     prepare(name, data_dir)
-    images, labels = load_split(name, "train", data_dir, size=8, channels=3)
-    for workers in (0, 1):  # decoded before, or where they are asked for
-        rows, same = training_set(
-            name, data_dir, seed=0, size=8, channels=3, validation=0.0, workers=workers
-        )
-        np.testing.assert_array_equal(rows[np.arange(9)], images)
+    images, labels = read(name, data_dir)
+    for workers in (0, 1):  # decoded once, or each time they are read
+        options = ReadOptions(data_dir, size=8, channels=3, workers=workers)
+        selection, same = training_set(name, options, seed=0)
+        np.testing.assert_array_equal(selection[np.arange(9)], images)
         np.testing.assert_array_equal(same, labels)
 
 
@@ -225,10 +228,10 @@ def test_real_photographs(tmp_path, photographs):
     assert len(taken) == 10
     name, data_dir = f"folder:{tmp_path / 'train'}", str(tmp_path / "data")
     prepare(name, data_dir)
-    images, labels = load_split(name, "train", data_dir, size=32, channels=3)
+    images, labels = read(name, data_dir, size=32)
     assert images.shape == (200, 32, 32, 3) and np.bincount(labels).tolist() == [20] * 10
     for i in (0, 57, 199):
-        one = dataset(name).class_names[labels[i]]
+        one = listing(str(tmp_path / "train")).classes[labels[i]]
         path = sorted((tmp_path / "train" / one).iterdir())[i % 20]
         with Image.open(path) as image:
             np.testing.assert_array_equal(images[i], np.asarray(image))

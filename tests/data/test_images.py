@@ -1,4 +1,4 @@
-"""From encoded images to pixels, and the file that decoded ones are kept in."""
+"""Decoding to pixels, and the files that keep decoded images."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from jdm.data import DataError
 from jdm.data.decoding import check_image, decode
-from jdm.data.images import Joined, decoded
+from jdm.data.images import Selection, decoded_split
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None, **options) -> bytes:
@@ -23,7 +23,7 @@ RGB = RNG.integers(0, 256, size=(8, 8, 3), dtype=np.uint8)
 GREY = RNG.integers(0, 256, size=(8, 8), dtype=np.uint8)
 
 
-def test_an_image_that_fits_is_left_as_it_is():
+def test_an_image_of_the_right_shape_is_unchanged():
     np.testing.assert_array_equal(decode(encoded(RGB), 8, 3), RGB)
     np.testing.assert_array_equal(decode(encoded(GREY), 8, 1)[..., 0], GREY)
 
@@ -46,7 +46,7 @@ def test_sixteen_bits_become_eight():
     np.testing.assert_array_equal(decode(encoded(deep), 8, 1)[..., 0], GREY)
 
 
-def test_the_square_in_the_middle_is_what_stays():
+def test_an_image_is_cropped_to_the_square_in_its_middle():
     wide = np.zeros((8, 14, 3), np.uint8)
     wide[:, 3:11] = RGB
     np.testing.assert_array_equal(decode(encoded(wide), 8, 3), RGB)
@@ -58,7 +58,7 @@ def test_shrinking_averages():
     assert np.abs(decode(encoded(checkers), 8, 1).astype(int)[1:-1, 1:-1] - 127.5).max() <= 2
 
 
-def test_a_camera_that_was_turned_is_heeded():
+def test_the_orientation_in_exif_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     halves = np.zeros((16, 16, 3), np.uint8)
@@ -70,10 +70,10 @@ def test_a_camera_that_was_turned_is_heeded():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_what_cannot_be_decoded_is_said_in_words(kind):
+def test_a_broken_image_is_described_in_words(kind):
     whole = encoded(np.kron(RGB, np.ones((8, 8, 1), np.uint8)), kind)
     assert check_image(whole) == ""
-    for broken in (whole[: len(whole) // 2], b"no image", b""):
+    for broken in (whole[: len(whole) // 2], b"not an image", b""):
         said = check_image(broken)
         assert said and "\n" not in said and "0x" not in said
 
@@ -91,42 +91,42 @@ def records(count: int) -> Listed:
     return listed
 
 
-def test_decoded_images_are_mapped_read_only_and_made_once(tmp_path):
+def test_images_are_decoded_once_and_mapped_read_only(tmp_path):
     some = records(10)
-    images, labels = decoded(tmp_path / "kept", some, 8, 3)
+    images, labels = decoded_split(tmp_path / "kept", some, 8, 3)
     np.testing.assert_array_equal(images, some.images)
     assert labels.tolist() == list(range(10)) and labels.dtype == np.int32
     assert isinstance(images, np.memmap) and not images.flags.writeable
-    again, _ = decoded(tmp_path / "kept", Listed([None] * 10), 8, 3)  # nothing is decoded now
+    again, _ = decoded_split(tmp_path / "kept", Listed([None] * 10), 8, 3)  # nothing to decode
     np.testing.assert_array_equal(again, some.images)
 
 
-def test_a_broken_record_leaves_nothing_behind_and_is_named(tmp_path):
+def test_a_broken_record_is_named_and_leaves_no_file(tmp_path):
     some = records(10)
     some[7]["image"] = some[7]["image"][:60]
     with pytest.raises(DataError, match="^somewhere: image 7 cannot be decoded"):
-        decoded(tmp_path / "kept", some, 8, 3)
+        decoded_split(tmp_path / "kept", some, 8, 3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_sentence_before_anything_is_written(tmp_path):
-    with pytest.raises(DataError, match=r"MiB, but .* data\.cache_dir names another folder$"):
-        decoded(tmp_path / "kept", records(3), 10**8, 3)
+    with pytest.raises(DataError, match=r"MiB, but .*; config\.data\.cache_dir chooses another"):
+        decoded_split(tmp_path / "kept", records(3), 10**8, 3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_was_cut_is_damaged(tmp_path):
-    decoded(tmp_path / "kept", records(10), 8, 3)
+def test_a_truncated_file_is_damaged(tmp_path):
+    decoded_split(tmp_path / "kept", records(10), 8, 3)
     path = tmp_path / "kept" / "images.npy"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"images\.npy is damaged .* delete "):
-        decoded(tmp_path / "kept", records(10), 8, 3)
+        decoded_split(tmp_path / "kept", records(10), 8, 3)
 
 
-def test_rows_of_several_arrays_are_one():
+def test_a_selection_of_several_arrays_is_one_array():
     one, two = (np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2, 1) for n in (10, 5))
-    joined = Joined([(one, np.array([9, 0, 4])), (two, np.array([1, 1]))])
+    selection = Selection([(one, np.array([9, 0, 4])), (two, np.array([1, 1]))])
     whole = np.concatenate([one[[9, 0, 4]], two[[1, 1]]])
-    assert joined.shape == whole.shape and len(joined) == 5
+    assert selection.shape == whole.shape and len(selection) == 5
     rows = np.array([4, 0, 2, 2, 3, 1])
-    np.testing.assert_array_equal(joined[rows], whole[rows])
+    np.testing.assert_array_equal(selection[rows], whole[rows])

@@ -1,4 +1,4 @@
-"""What preparing a data set refuses, and what it leaves behind."""
+"""What the preparation of a data set refuses, and which files it leaves."""
 
 import errno
 import shutil
@@ -11,12 +11,12 @@ from jdm.data import prepare as module
 from jdm.data.prepare import prepare
 
 
-def test_tensorflow_is_asked_for_by_the_name_of_the_extra(tmp_path, monkeypatch):
+def test_missing_tensorflow_names_the_extra_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError) as info:
         prepare("cifar10", str(tmp_path))
     assert str(info.value) == (
-        "preparing cifar10 needs TensorFlow, which reading it does not: pip install "
+        "preparing cifar10 needs TensorFlow (reading it does not): pip install "
         "'jdm[prepare]'; the download is 162 MiB"
     )
     assert list(tmp_path.iterdir()) == []
@@ -24,7 +24,7 @@ def test_tensorflow_is_asked_for_by_the_name_of_the_extra(tmp_path, monkeypatch)
 
 @pytest.fixture
 def builder(tmp_path, monkeypatch):
-    """A builder of cifar10 in a world with TensorFlow; `fails`: what its download ends with."""
+    """A builder of cifar10, as if TensorFlow were installed. fails: raised by its download."""
     fake = SimpleNamespace(data_path=tmp_path / "data" / "cifar10" / "3.0.2", fails=None, read=[])
 
     def download_and_prepare():
@@ -40,7 +40,7 @@ def builder(tmp_path, monkeypatch):
 
 
 class DownloadError(Exception):
-    """As a downloader raises it where there is no network."""
+    """As a downloader raises it without a network."""
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,14 @@ def test_no_network_and_no_space_are_one_sentence(builder, fails, said):
         prepare("cifar10")
     assert "cifar10" in str(info.value) and "\n" not in str(info.value)
     assert not builder.data_path.exists()
-    builder.fails = None  # the next attempt is not told that it was done
+    builder.fails = None  # the next attempt does not find anything prepared
     assert builder.read == []
     assert prepare("cifar10") == builder.data_path and builder.data_path.exists()
     assert sorted(builder.read) == ["test", "train"]  # decoded at once
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_download(builder, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_the_download(builder, monkeypatch):
     usage = SimpleNamespace(free=100 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(
-        DataError, match=r"^preparing cifar10 takes about 324 MiB, but .* 100 MiB; "
-    ):
+    with pytest.raises(DataError, match="^preparing cifar10 takes about 324 MiB, but .* 100 MiB; "):
         prepare("cifar10")

@@ -1,9 +1,11 @@
-"""From prepared files to arrays: what is read, kept and refused."""
+"""From prepared files to arrays: what is read, kept on disk, and refused."""
 
+import dataclasses
 import itertools
 import pathlib
 import shutil
 
+import chex
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -13,10 +15,19 @@ from PIL import Image
 from tensorflow_datasets.core.features import image_feature
 
 from jdm.data import records
-from jdm.data.datasets import DATASETS, Dataset, dataset
+from jdm.data.datasets import DATASETS, Dataset
 from jdm.data.decoding import decode
+from jdm.data.lookup import dataset
 from jdm.data.pipeline import train_batches
-from jdm.data.splits import keep_classes, load_split, split_rows, splits_of, training_set
+from jdm.data.splits import (
+    ReadOptions,
+    keep_classes,
+    load_split,
+    split_names,
+    split_rows,
+    training_set,
+)
+from jdm.errors import InvalidValue
 
 PREPARE_AND_READ = """
 import importlib.machinery, socket, sys
@@ -31,17 +42,17 @@ def hide(cls, name, path=None, target=None):
     return None if name.split(".")[0] == "tensorflow" else find(name, path, target)
 importlib.machinery.PathFinder.find_spec = classmethod(hide)
 
-from jdm.data.splits import load_split
-images, labels = load_split("digits", "validation", sys.argv[1])
+from jdm.data.splits import ReadOptions, load_split
+images, labels = load_split("digits", "validation", ReadOptions(sys.argv[1]))
 assert images.shape == (180, 8, 8, 1) and labels.shape == (180,)
 assert not {"tensorflow", "jax"} & set(sys.modules)
 """
 
-# Both say that they have begun and wait for the other, so that neither finds the data there.
+# Each process waits until the other has begun, so that neither finds the data prepared.
 PREPARE_TOGETHER = """
 import pathlib, sys, time
 from jdm.data import digits
-from jdm.data.splits import load_split
+from jdm.data.splits import ReadOptions, load_split
 
 me, other = (pathlib.Path(sys.argv[1]) / f"begun-{i}" for i in sys.argv[2:])
 generators = digits.Digits._split_generators
@@ -53,7 +64,7 @@ def wait_then_generate(self, dl_manager):
     return generators(self, dl_manager)
 
 digits.Digits._split_generators = wait_then_generate
-assert len(load_split("digits", "test", sys.argv[1])[0]) == 360
+assert len(load_split("digits", "test", ReadOptions(sys.argv[1])).images) == 360
 assert me.exists()
 """
 
@@ -73,32 +84,31 @@ def test_two_processes_may_prepare_at_once(start_python, tmp_path):
     for process in pair:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]  # nothing half-made
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]  # none incomplete
 
 
 def test_a_data_dir_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        load_split("digits", "test", str(tmp_path / "file"))
+        load_split("digits", "test", ReadOptions(str(tmp_path / "file")))
 
 
 def test_a_tilde_in_data_dir_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    load_split("digits", "validation", "~/data")
+    load_split("digits", "validation", ReadOptions("~/data"))
     assert (tmp_path / "home" / "data" / "digits" / "1.0.0").is_dir()
     assert not (tmp_path / "~").exists()
 
 
 def test_unknown_names_and_splits(digits_dir):
-    with pytest.raises(
-        ValueError, match=r"data\.name='mnits' is unknown; .*; did you mean mnist\?$"
-    ):
-        load_split("mnits", "train", digits_dir)
-    with pytest.raises(
-        ValueError, match=r"^split='val' is unknown; digits has train, validation, test$"
-    ):
-        load_split("digits", "val", digits_dir)
+    options = ReadOptions(digits_dir)
+    said = r"^config\.data\.name='mnits' is unknown; .*; did you mean mnist\?$"
+    with pytest.raises(InvalidValue, match=said):
+        load_split("mnits", "train", options)
+    said = "^split='val' is unknown; digits has train, validation, test$"
+    with pytest.raises(InvalidValue, match=said):
+        load_split("digits", "val", options)
 
 
 def flip_a_bit_of_a_pixel(folder: pathlib.Path) -> None:
@@ -122,7 +132,7 @@ def forget_what_it_is(folder: pathlib.Path) -> None:
 
 
 def count_wrongly(folder: pathlib.Path) -> None:
-    """As if an interrupted or older run had left fewer records, all of them whole."""
+    """As if an interrupted or older preparation had left fewer records, none of them damaged."""
     path = folder / "dataset_info.json"
     assert '"360"' in path.read_text()
     path.write_text(path.read_text().replace('"360"', '"359"'))
@@ -144,22 +154,22 @@ def test_damaged_files_are_never_read_as_images(damage, reason, digits_dir, tmp_
     folder = tmp_path / "digits" / "1.0.0"
     damage(folder)
     with pytest.raises(RuntimeError, match=f"{reason}.* delete that folder") as info:
-        load_split("digits", "test", str(tmp_path))
-    assert str(info.value).startswith(f"The prepared files of digits in {folder} cannot be read")
+        load_split("digits", "test", ReadOptions(str(tmp_path)))
+    assert str(info.value).startswith(f"the prepared files of digits in {folder} cannot be read")
 
 
-# What the downloaded sets hold, as far as it can be told without them ---------------------------
+# The downloaded data sets, as far as they can be tested without a download -----------------------
 
 
 @pytest.fixture
 def mocked(monkeypatch):
-    """Every set of the table, as if prepared, with five records of TFDS's own invention."""
+    """Every data set of the table, as if prepared, with five random records by TFDS."""
 
     def encode(self, pixels):
         pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
         return self._encode_pil_image(Image.fromarray(pixels))
 
-    # TFDS would encode what it invents with TensorFlow.
+    # TFDS would need TensorFlow to encode its random images.
     monkeypatch.setattr(image_feature._ImageEncoder, "_encode_image", encode)
     monkeypatch.setattr(records, "prepared", records.make_builder)
     monkeypatch.setattr(records.Records, "_expected", lambda self, split: None)
@@ -171,10 +181,11 @@ DOWNLOADED = [name for name, facts in DATASETS.items() if facts.download]
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
-def test_the_table_fits_what_tfds_says_of_a_set(mocked, name, tmp_path):
+def test_the_table_agrees_with_tfds(mocked, name, tmp_path):
     facts = dataset(name)
-    found = records.Records(name, "train", str(tmp_path))
-    some = [found[i] for i in range(len(found))]
+    found = records.Records(facts, "train", str(tmp_path))
+    # One by one: the mocked source of TFDS cannot read several records.
+    some = [found._record(i, found._source[i]) for i in range(len(found))]
     assert len(some) == 5
     for one in some:
         for size in facts.sizes:
@@ -201,11 +212,11 @@ def test_downloads_are_as_large_as_the_table_says(name):
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
-def test_what_is_not_prepared_says_how_it_will_be(name, tmp_path):
+def test_a_data_set_that_is_not_prepared_names_the_command(name, tmp_path):
     with pytest.raises(records.DataError) as info:
-        load_split(name, "train", str(tmp_path))
+        load_split(name, "train", ReadOptions(str(tmp_path)))
     said = str(info.value)
-    assert said.startswith(f"data.name={name!r} is not prepared in {tmp_path}")
+    assert said.startswith(f"{name} is not prepared in {tmp_path}")
     assert said.endswith(f"; run jdm data prepare {name} --data_dir={tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
@@ -214,7 +225,7 @@ def test_what_is_not_prepared_says_how_it_will_be(name, tmp_path):
 
 
 def facts_of(**facts) -> Dataset:
-    """A set of four classes."""
+    """A data set of four classes."""
     return Dataset(
         "x", sizes=(), channels=1, num_classes=4, flips=True, splits={"train": 1}, **facts
     )
@@ -222,7 +233,7 @@ def facts_of(**facts) -> Dataset:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=20, max_size=300), st.floats(0.05, 0.5))
-def test_a_carved_validation_split_is_apart_and_of_each_class_alike(labels, share):
+def test_a_held_out_split_is_disjoint_and_takes_each_class_in_proportion(labels, share):
     labels = np.array(labels, np.int32)
     facts = facts_of()
     train, validation = (split_rows(facts, s, labels, share) for s in ("train", "validation"))
@@ -233,7 +244,7 @@ def test_a_carved_validation_split_is_apart_and_of_each_class_alike(labels, shar
     np.testing.assert_array_equal(validation, split_rows(facts, "validation", labels, share))
 
 
-def test_a_set_of_one_split_gets_three_that_never_change():
+def test_a_data_set_of_one_split_gets_three_that_never_change():
     facts, labels = DATASETS["malaria"], np.arange(27_558, dtype=np.int32) % 2
     rows = {split: split_rows(facts, split, labels, 0.05) for split in facts.splits}
     assert {split: len(some) for split, some in rows.items()} == facts.splits
@@ -241,10 +252,10 @@ def test_a_set_of_one_split_gets_three_that_never_change():
     assert rows["test"][:4].tolist() == [6, 11, 19, 20]
 
 
-def test_splits_that_can_be_asked_for():
-    assert splits_of(DATASETS["mnist"], 0.1) == ("train", "test", "validation")
-    assert splits_of(DATASETS["mnist"], 0.0) == ("train", "test")
-    assert splits_of(DATASETS["digits"], 0.1) == ("train", "validation", "test")
+def test_names_of_the_splits_that_can_be_read():
+    assert split_names(DATASETS["mnist"], 0.1) == ("train", "test", "validation")
+    assert split_names(DATASETS["mnist"], 0.0) == ("train", "test")
+    assert split_names(DATASETS["digits"], 0.1) == ("train", "validation", "test")
 
 
 def test_classes_are_kept_in_the_order_of_their_new_labels():
@@ -252,38 +263,42 @@ def test_classes_are_kept_in_the_order_of_their_new_labels():
     kept, new = keep_classes(labels, (3, 1), facts_of())
     assert kept.tolist() == [False, True, False, True, True, True]
     assert new[kept].tolist() == [1, 0, 0, -1]
-    several = np.array([[0, 1, 1, 0], [1, -1, 0, 0]], np.int8)
-    kept, new = keep_classes(several, (3, 1), facts_of(multi_label=True))
+    attributes = np.array([[0, 1, 1, 0], [1, -1, 0, 0]], np.int8)
+    kept, new = keep_classes(attributes, (3, 1), facts_of(multi_label=True))
     assert kept.all() and new.tolist() == [[0, 1], [0, -1]]
-    with pytest.raises(ValueError, match=r"^data\.classes=\(1, 4\) must be .* from 0 to 3"):
+    with pytest.raises(ValueError, match=r"^config\.data\.classes=\(1, 4\) must be .* from 0 to 3"):
         keep_classes(labels, (1, 4), facts_of())
 
 
-def chosen(digits_dir, **options):
-    images, labels = training_set("digits", digits_dir, seed=3, size=8, channels=1, **options)
+def training_digits(digits_dir, classes=(), **options):
+    """(images, labels) of a training set, gathered."""
+    options_of_reading = ReadOptions(digits_dir, classes=classes)
+    images, labels = training_set("digits", options_of_reading, seed=3, **options)
     return images[np.arange(len(images))], labels
 
 
-def test_a_limit_takes_of_each_class_alike(digits_dir):
-    whole, _ = chosen(digits_dir)
-    some, labels = chosen(digits_dir, limit=100)
+def test_a_limit_takes_each_class_in_proportion(digits_dir):
+    whole, _ = training_digits(digits_dir)
+    some, labels = training_digits(digits_dir, limit=100)
     assert len(some) == 100 and set(np.bincount(labels)) <= {9, 10, 11}
     pixels = {image.tobytes() for image in whole}
     assert all(image.tobytes() in pixels for image in some)
-    assert len(chosen(digits_dir, limit=10_000)[0]) == len(whole)
+    assert len(training_digits(digits_dir, limit=10_000)[0]) == len(whole)
 
 
 def test_classes_limit_and_hidden_labels_go_together(digits_dir):
-    images, labels = chosen(digits_dir, classes=(7, 2), limit=60, labelled_per_class=5)
+    images, labels = training_digits(digits_dir, classes=(7, 2), limit=60, labelled_per_class=5)
     assert len(images) == 60 and np.bincount(labels + 1).tolist() == [50, 5, 5]
-    held_out, theirs = load_split("digits", "validation", digits_dir, classes=(7, 2))
-    everything, old = load_split("digits", "validation", digits_dir)
+    two_classes = ReadOptions(digits_dir, classes=(7, 2))
+    held_out, theirs = load_split("digits", "validation", two_classes)
+    everything, old = load_split("digits", "validation", ReadOptions(digits_dir))
+    assert set(theirs) == {0, 1}
     np.testing.assert_array_equal(held_out[theirs == 0], everything[old == 7])
     np.testing.assert_array_equal(held_out[theirs == 1], everything[old == 2])
 
 
-def test_a_second_set_brings_its_images_and_no_labels(digits_dir, tmp_path):
-    """Labelled images of one set beside unlabelled ones of another, of its size and channels."""
+def test_a_second_data_set_adds_its_images_without_labels(digits_dir, tmp_path):
+    """Labelled images of one data set and unlabelled images of another, in the same shape."""
     folder = tmp_path / "others"
     for i in range(30):
         path = folder / "ab"[i % 2] / f"{i}.png"
@@ -291,15 +306,8 @@ def test_a_second_set_brings_its_images_and_no_labels(digits_dir, tmp_path):
         Image.fromarray(np.full((12, 20, 3), i, np.uint8)).save(path)
     shutil.copytree(digits_dir, tmp_path / "data")
     records.write_records(records.make_builder(dataset(f"folder:{folder}"), str(tmp_path / "data")))
-    images, labels = training_set(
-        "digits",
-        str(tmp_path / "data"),
-        seed=0,
-        size=8,
-        channels=1,
-        validation=0.2,
-        unlabelled=f"folder:{folder}",
-    )
+    options = ReadOptions(str(tmp_path / "data"), 8, 1, classes=range(10), validation=0.2)
+    images, labels = training_set("digits", options, seed=0, unlabelled=f"folder:{folder}")
     assert len(images) == 1257 + 24  # a fifth of theirs is held out too
     assert (labels[:1257] >= 0).all() and (labels[1257:] == -1).all()
     for batch in itertools.islice(train_batches(images, labels, batch_size=64, seed=0), 5):
@@ -307,42 +315,42 @@ def test_a_second_set_brings_its_images_and_no_labels(digits_dir, tmp_path):
         assert batch["image"].shape == (64, 8, 8, 1) and (np.ptp(theirs, axis=(1, 2, 3)) == 0).all()
 
 
-def test_the_images_of_a_size_and_depth_of_ones_own(digits_dir):
-    images, _ = load_split("digits", "validation", digits_dir, size=16, channels=3)
-    plain, _ = load_split("digits", "validation", digits_dir)
+def test_images_of_another_size_and_number_of_channels(digits_dir):
+    images, _ = load_split("digits", "validation", ReadOptions(digits_dir, size=16, channels=3))
+    plain, _ = load_split("digits", "validation", ReadOptions(digits_dir))
     assert images.shape == (180, 16, 16, 3)
     assert np.abs(images[:, ::2, ::2, :1].astype(float) - plain).mean() < 40
 
 
-def test_a_copy_of_the_records_shares_what_was_decoded(digits_dir, tmp_path):
+def test_copies_of_the_records_share_decoded_images(digits_dir, tmp_path):
     for here in ("one", "two"):
         shutil.copytree(pathlib.Path(digits_dir) / "digits", tmp_path / here / "digits")
-        next((tmp_path / here).rglob("*test.array_record*")).touch()  # at another time
-        load_split("digits", "test", str(tmp_path / here), cache_dir=str(tmp_path / "shared"))
+        next((tmp_path / here).rglob("*test.array_record*")).touch()  # another modification time
+        options = ReadOptions(str(tmp_path / here), cache_dir=str(tmp_path / "shared"))
+        load_split("digits", "test", options)
     assert len(list((tmp_path / "shared").iterdir())) == 1
 
 
-def test_what_tfds_prepared_in_another_format_is_one_sentence(digits_dir, tmp_path):
+def test_data_that_is_prepared_in_another_format_is_one_sentence(digits_dir, tmp_path):
     shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
     path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(records.DataError, match="^data.name='digits' is prepared in .* in another"):
-        load_split("digits", "test", str(tmp_path))
+    with pytest.raises(records.DataError, match="^digits is prepared in .* in another format"):
+        load_split("digits", "test", ReadOptions(str(tmp_path)))
 
 
-def test_with_workers_nothing_is_kept_but_labels(digits_dir, tmp_path):
-    options = dict(classes=(1, 2), cache_dir=str(tmp_path))
-    images, labels = load_split("digits", "test", digits_dir, workers=1, **options)
+def test_with_workers_only_labels_are_kept_on_disk(digits_dir, tmp_path):
+    options = ReadOptions(digits_dir, classes=(1, 2), cache_dir=str(tmp_path), workers=1)
+    decoded_now = load_split("digits", "test", options)
     assert all("-labels-" in path.name for path in tmp_path.iterdir())
-    kept, same = load_split("digits", "test", digits_dir, **options)
-    np.testing.assert_array_equal(images, kept)
-    np.testing.assert_array_equal(labels, same)
+    kept = load_split("digits", "test", dataclasses.replace(options, workers=0))
+    chex.assert_trees_all_equal(tuple(decoded_now), tuple(kept), strict=True)
 
 
-def test_a_small_set_has_at_least_one_image_to_validate_on():
+def test_at_least_one_image_is_held_out():
     assert len(split_rows(facts_of(), "validation", np.zeros(5, np.int32), 0.05)) == 1
 
 
-def test_decoded_images_go_where_they_are_told(digits_dir, tmp_path):
-    load_split("digits", "test", digits_dir, cache_dir=str(tmp_path / "here"))
+def test_decoded_images_are_kept_in_cache_dir(digits_dir, tmp_path):
+    load_split("digits", "test", ReadOptions(digits_dir, cache_dir=str(tmp_path / "here")))
     assert [path.name[:20] for path in (tmp_path / "here").iterdir()] == ["digits-1.0.0-test-8x"]

@@ -1,0 +1,26 @@
+"""Evaluators: measures of a trained model on a split, one file for each name.
+
+Each file defines EVALUATOR, a function (joint, split, options) -> iterator of (name, value).
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from jdm import names
+from jdm.analysis.evaluators.base import EvaluationOptions, Evaluator
+from jdm.data.splits import Split
+from jdm.joint import Joint
+
+EVALUATORS: dict[str, Evaluator] = names.EVALUATORS.modules(__name__, "EVALUATOR")
+
+
+def evaluate(
+    joint: Joint, metrics: Sequence[str], split: Split, options: EvaluationOptions
+) -> Iterator[tuple[str, float]]:
+    """(name, value) pairs of the evaluators of these names, one after the other.
+
+    Raises InvalidValue for an unknown name, before anything is computed, and for a split that an
+    evaluator cannot use.
+    """
+    chosen = [EVALUATORS[names.check_name("metrics", name, EVALUATORS)] for name in metrics]
+    return itertools.chain.from_iterable(one(joint, split, options) for one in chosen)
