@@ -1,24 +1,24 @@
-"""Checkpoints: Orbax behind one small wrapper.
+"""Checkpoints: a small wrapper of Orbax that adds checksums and one final rename.
 
-Owns `<workdir>/checkpoints/` and all that is written there:
+Owns `<workdir>/checkpoints/` and everything in it:
 
     checkpoints/<step>/weights/          EMA of {params, batch_stats}, a pytree
                        train_state/      step, parameters, optimiser state, ..., a pytree
                        data/             position of the input pipeline, JSON
                        config/           the resolved config, JSON
                        checksums.json    SHA-256 of every other file, {relative path: hex digest}
-    checkpoints/<step>.partial           a save that was cut short; the next save removes it
-    checkpoints/<step>.bad               a step that failed its checksums, set aside, never deleted
+    checkpoints/<step>.partial           an interrupted save; the next save removes it
+    checkpoints/<step>.bad               a damaged step that was set aside; never deleted
 
-Two promises. A step has its final name only when it is whole: everything is written beside it,
-synced, and renamed once (object stores rename file by file; there the checksums, which are copied
-with the rest, tell a half-renamed step from a whole one). And no value is handed out that differs
-from what was saved: Orbax restores a flipped bit silently, so files are hashed before use.
+Two promises. A step has its final name only when it is complete: its files are written to another
+folder, synced, and renamed once. (Object stores rename file by file; there the checksums show
+whether all files have arrived.) And only what was saved is restored: Orbax does not notice a
+flipped bit, so files are compared with their checksums first.
 
-Does not own: what the trees hold, when to save, the folder's other files, or where arrays live:
-the caller's abstract targets carry the shardings. One job writes to a work folder at a time; in a
-job of several processes all of them call `save`, `newest_whole` and `restore` together, on one
-shared file system.
+Does not own what the trees hold, when to save, the other files of the work folder, or where arrays
+are placed: the caller's abstract targets carry the shardings. One job at a time writes to a work
+folder. In a job of several processes all of them call `save`, `newest_whole` and `restore`
+together, on one shared file system.
 """
 
 import hashlib
@@ -35,12 +35,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.orbax import HANDLERS, checkpointer, quiet
+from jdm.trees import differences, leaves
 
 CHECKSUMS = "checksums.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure):
     """A checkpoint that is missing, damaged, unsuitable or could not be written."""
 
 
@@ -57,20 +59,21 @@ def save(
     """Saves one step; returns when it is on disk under its final name.
 
     Args:
-      workdir: the work folder; made if need be.
+      workdir: the work folder; created if it does not exist.
       step: training step, >= 0.
       weights, train_state: pytrees of arrays, sharded or not.
-      config, data: what JSON can hold. An item that is None is left out: a converted model has
-        weights and a config only.
-      keep: how many steps to keep, >= 1. The oldest beyond it are deleted once the new step is in
-        place, never the new step itself.
+      config, data: values that JSON can represent. An item that is None is not saved: a converted
+        model has weights and a config only.
+      keep: how many steps to keep, >= 1. Once the new step is in place, all others but the `keep`
+        highest are deleted.
 
     Raises:
-      CheckpointError: the step exists already (resuming never needs to replace one), or anything
-        failed on the way, such as a full disk; earlier steps are as they were.
+      CheckpointError: the step exists already (a resumed run never needs to replace one), or
+        writing failed, for example because the disk is full. Earlier steps are unchanged.
+      InvalidValue: keep is below 1.
     """
     if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+        raise InvalidValue("keep", keep, "must be 1 or more")
     folder = _folder(workdir)
     final, partial = folder / str(step), folder / f"{step}.partial"
     if final.exists():
@@ -98,7 +101,7 @@ def save(
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
         for old in [s for s in steps(workdir)[:-keep] if s != step]:
-            try:  # renamed first: not even a half-deleted step has its final name
+            try:  # renamed first, so that a half-deleted step does not have its final name
                 (folder / str(old)).rename(folder / f"{old}.partial")
                 _sweep(folder)
             except OSError as error:
@@ -108,7 +111,7 @@ def save(
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps that have their final name, ascending; [] where there are none."""
+    """The steps with a final name, ascending; [] where there are none. Reads no checksums."""
     folder = _folder(workdir)
     if not folder.is_dir():
         return []
@@ -117,16 +120,16 @@ def steps(workdir: epath.PathLike) -> list[int]:
 
 
 def items(workdir: epath.PathLike, step: int) -> set[str]:
-    """The items that a step holds, of `weights`, `train_state`, `data` and `config`."""
+    """The items that a step has, as names of HANDLERS."""
     root = _folder(workdir) / str(step)
     return {item for item in HANDLERS if (root / item).is_dir()}
 
 
 def newest(workdir: epath.PathLike) -> int:
-    """The newest step by name, not verified; what `load` takes where no step is named.
+    """The highest step, which is not verified: what `jdm.load` reads by default.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there are no steps.
     """
     found = steps(workdir)
     if not found:
@@ -135,10 +138,10 @@ def newest(workdir: epath.PathLike) -> int:
 
 
 def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) -> int | None:
-    """The newest step that passes `verify`, None where there is none; what `train` resumes from.
+    """The highest step that passes `verify`, which training resumes from; None where none does.
 
-    Steps that fail are set aside on the way down: renamed to `<step>.bad` (`<step>.bad-2`, ...
-    where that name is taken) and reported through `log`, one line each.
+    Damaged steps above it are set aside: renamed to `<step>.bad` (or `<step>.bad-2`, ..., if that
+    name is taken) and reported through `log`, one line each.
     """
     found = None
     if jax.process_index() == 0:
@@ -167,12 +170,12 @@ def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(H
 
     Args:
       workdir, step: which step.
-      items: hash only the files of these items and those beside them, so that `load` need not read
-        the optimiser. Damage elsewhere then goes unnoticed, and unused.
+      items: compare only the files of these items, and files that belong to no item. `jdm.load`
+        need not read the optimiser's state.
 
     Raises:
-      CheckpointError: naming the file that is missing, differs from its checksum or was added.
-        Hidden files may be added: file managers and network file systems leave them everywhere.
+      CheckpointError: a file is missing, differs from its checksum, or has none. Hidden files need
+        none: file managers and network file systems create them.
     """
     root, items = _folder(workdir) / str(step), set(items)
     if not root.is_dir():
@@ -204,39 +207,39 @@ def restore(
     train_state: PyTree | None = None,
     widen: bool = False,
 ) -> dict[str, PyTree]:
-    """Verifies and restores the items for which a target is given, and reads no others.
+    """Verifies and restores the items that have a target; reads no other item.
 
     Args:
       workdir, step: which step.
       weights, train_state: abstract targets, pytrees of `jax.ShapeDtypeStruct` whose shardings say
-        where each array goes; they need not be those it was saved with.
-      widen: floats may have been saved with fewer bits than their target has, such as float16 for
-        float32; no value changes. Otherwise every dtype must be the target's.
+        where each array is placed. They may differ from the shardings of the saved arrays.
+      widen: whether floats saved with fewer bits than their target's dtype are converted to it,
+        such as float16 to float32, which changes no value. Any other difference is an error.
 
     Returns:
       {item: pytree of arrays, with the structure, dtypes and shardings of its target}.
 
     Raises:
       CheckpointError: the step is missing or damaged, or an item does not fit its target.
-      ValueError: a target carries no sharding. (Orbax would take the devices of the saving job,
-        which fails on any other number of them.)
+      InvalidValue: a target has no sharding. (Orbax would use the devices of the job that saved,
+        which fails for any other number of devices.)
     """
     given = {"weights": weights, "train_state": train_state}
     targets = {item: target for item, target in given.items() if target is not None}
     for item, target in targets.items():
-        for key, leaf in _leaves(target).items():
+        for path, leaf in leaves(target).items():
             if getattr(leaf, "sharding", None) is None:
-                raise ValueError(f"the restore target of {item} has no sharding at {key}")
+                raise InvalidValue(item, NO_VALUE, f"as a target has no sharding at {path}")
     return _read(workdir, step, targets, widen)
 
 
 def read_config(workdir: epath.PathLike, step: int) -> dict[str, Any]:
-    """The config saved with a step, verified. Raises CheckpointError as `restore` does."""
+    """The config that was saved with a step. Raises CheckpointError as `restore` does."""
     return _read(workdir, step, {"config": None})["config"]
 
 
 def read_data(workdir: epath.PathLike, step: int) -> Any:
-    """The pipeline's position saved with a step, verified. Raises as `restore` does."""
+    """The saved position of the input pipeline. Raises CheckpointError as `restore` does."""
     return _read(workdir, step, {"data": None})["data"]
 
 
@@ -261,55 +264,42 @@ def _read(
 
 
 def _check_fits(path: epath.Path, target: PyTree, widen: bool) -> None:
-    """Orbax names no key when shapes differ and casts dtypes unasked, so both are compared here."""
+    """Raises CheckpointError where a saved pytree does not fit its target.
+
+    Orbax does not name the array when shapes differ, and casts dtypes without asking.
+    """
     with quiet():
-        saved = _leaves(ocp.StandardCheckpointHandler().metadata(path).tree)
-    wanted = _leaves(target)
-    for key in wanted | saved:
-        if widen and _widens(saved.get(key), wanted.get(key)):
-            continue
-        want, found = _describe(wanted.get(key)), _describe(saved.get(key))
-        if want != found:
-            raise CheckpointError(f"{path} does not fit at {key}: expected {want}, found {found}")
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+        saved = ocp.StandardCheckpointHandler().metadata(path).tree
+    wanted_leaves, saved_leaves = leaves(target), leaves(saved)
+    for at, wanted, found in differences(target, saved):
+        if not (widen and _widens(saved_leaves.get(at), wanted_leaves.get(at))):
+            raise CheckpointError(f"{path} does not fit at {at}: expected {wanted}, found {found}")
 
 
 def _widens(saved: Any, wanted: Any) -> bool:
-    """Whether every value of the saved array is one of the wanted array's type, a wider float."""
+    """Whether both are float arrays of one shape, and the wanted dtype holds every saved value."""
     if saved is None or wanted is None or saved.shape != wanted.shape:
         return False
     floats = all(jax.dtypes.issubdtype(x.dtype, np.floating) for x in (saved, wanted))
     return floats and jax.numpy.promote_types(saved.dtype, wanted.dtype) == wanted.dtype
 
 
-def _describe(leaf: Any) -> str:
-    if leaf is None:
-        return "nothing"
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # Orbax stores the key's data
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
 def _folder(workdir: epath.PathLike) -> epath.Path:
-    path = os.fspath(workdir)  # tensorstore takes absolute paths only; a URL is one already
+    path = os.fspath(workdir)  # tensorstore needs an absolute path or a URL
     return epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
 
 
 def _absent(folder: epath.Path, wanted: str) -> str:
-    """One sentence for "there is no such checkpoint", with what is there instead."""
+    """The message that a checkpoint is missing, with the names of what is there instead."""
     if not folder.is_dir():
         return f"no {wanted} in {folder}, which does not exist"
     names = sorted(path.name for path in folder.iterdir())
-    told = [f"{n} (a save that was cut short)" if ".partial" in n else n for n in names]
-    return f"no {wanted} in {folder}, which holds {', '.join(told) or 'nothing'}"
+    found = [f"{n} (an interrupted save)" if ".partial" in n else n for n in names]
+    return f"no {wanted} in {folder}, which holds {', '.join(found) or 'nothing'}"
 
 
 def _files(root: epath.Path) -> dict[str, epath.Path]:
-    """{relative path: path} of every file below a step but the checksums."""
+    """{relative path: path} of every file of a step, without the checksums."""
     files = {p.relative_to(root).as_posix(): p for p in _walk(root) if not p.is_dir()}
     return {name: path for name, path in files.items() if name != CHECKSUMS}
 
@@ -327,9 +317,9 @@ def _digest(path: epath.Path) -> str:
 
 
 def _drop_paths(root: epath.Path) -> None:
-    """Takes the path of this machine out of Orbax's commit files; a folder may be given to others.
+    """Removes this machine's paths from Orbax's commit files, since a step may be published.
 
-    The files stay: where a rename is a copy, Orbax goes by their being there.
+    The files themselves stay: on object stores Orbax needs them to recognise a complete save.
     """
     for path in _walk(root):
         if path.name == "commit_success.txt":
@@ -337,7 +327,7 @@ def _drop_paths(root: epath.Path) -> None:
 
 
 def _seal(root: epath.Path) -> None:
-    """Writes the checksums and syncs all of `root`, so that the rename cannot overtake the data."""
+    """Writes the checksums and syncs all of `root`; data must reach the disk before the rename."""
     digests = {name: _digest(path) for name, path in sorted(_files(root).items())}
     (root / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
     for path in [*_walk(root), root]:
@@ -345,7 +335,7 @@ def _seal(root: epath.Path) -> None:
 
 
 def _sync(path: epath.Path) -> None:
-    if "://" in os.fspath(path):  # object stores are durable when a write returns
+    if "://" in os.fspath(path):  # object stores write durably
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -355,17 +345,17 @@ def _sync(path: epath.Path) -> None:
 
 
 def _sweep(folder: epath.Path) -> None:
-    """Removes what cut-short saves left, Orbax's own `<step>.partial.orbax-...` included."""
+    """Removes what interrupted saves left, also Orbax's own `<step>.partial.orbax-...`."""
     for path in folder.iterdir():
         if ".partial" in path.name:
             path.rmtree()
 
 
 def _sweep_failed(folder: epath.Path) -> None:
-    """The same after a save that failed, while tensorstore's own threads may still be writing.
+    """The same after a failed save, while tensorstore's threads may still be writing.
 
-    What they write into makes removing it fail, or appears anew: two looks in a row must find
-    nothing. What is left after five seconds, the next save removes.
+    Their writes can make a removal fail or create files again, so this returns when it has found
+    nothing twice in a row. What is left after five seconds is removed by the next save.
     """
     clean = 0 if folder.is_dir() else 2
     for _ in range(50):

@@ -1,60 +1,51 @@
-"""Weights of the published PyTorch implementation to a work folder, and back.
+"""Conversion of the published PyTorch implementation's weights to a work folder, and back.
 
-Owns the names, order and layouts of its state_dict, and the reading and writing of such files.
-A file holds weights alone: how many steps, which schedule, what is predicted, how many heads an
-attention has and in which order, only the config can say, and nothing of it is guessed.
+Owns the names, order and layouts of the arrays in its state_dict, and reading and writing such
+files. A file has weights only. The rest (number of steps, schedule, prediction, attention heads and
+their order) comes from the config; nothing is guessed.
 
+    layer        in the file              here
     convolution  weight [out, in, h, w]   kernel [h, w, in, out]
     linear       weight [out, in]         kernel [in, out]
     pointwise    weight [out, in, 1]      kernel [in, out]         (a Conv1d over positions)
 
-PyTorch is an extra, imported inside the functions that need it. Files are read as weights alone:
-code in a pickle is never run.
+PyTorch is an extra, imported by the functions that need it. Files are read without running code
+that a pickle may contain.
 """
 
+import functools
 import importlib
 import io
 import json
 import os
 import pickle
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jdm import checkpoint
-from jdm import config as configs
-from jdm.files import write_whole
-from jdm.joint import abstract_weights, load
-from jdm.mesh import make_mesh, replicated
-from jdm.nn.model import JointModel
+from jdm.config import config_to_dict
+from jdm.errors import Failure, InvalidValue
+from jdm.files import whole_folder, write_whole
+from jdm.joint import Joint, as_joint
+from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
+from jdm.trees import differences
 
-ENDINGS = (".pt", ".safetensors")
 HEAD_PREFIX = "clasifier"  # as the published code spells it
-
-
-class ConvertError(ValueError):
-    """A file that cannot be converted, in one sentence; `differences` lists them all."""
-
-    def __init__(self, sentence: str, differences: list[str] = ()):
-        super().__init__(sentence)
-        self.differences = list(differences)
-
 
 # Names and layouts -------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """How an array of the file becomes ours, and back."""
+    """Conversion of an array of the file to ours, and back to theirs."""
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -66,7 +57,7 @@ LINEAR = Layout(lambda x: x.T, lambda x: x.T)
 POINTWISE = Layout(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None])
 CONVOLUTION = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 
-# Every kind of layer: (name in the file, collection and name in ours, layout) of its arrays.
+# The arrays of each kind of layer: (name in the file, our collection and name, layout).
 LAYERS = {
     "linear": (("weight", "params", "kernel", LINEAR), ("bias", "params", "bias", SAME)),
     "pointwise": (("weight", "params", "kernel", POINTWISE), ("bias", "params", "bias", SAME)),
@@ -81,14 +72,14 @@ LAYERS = {
     ),
 }
 
-# Every kind of block: (name in the file, path in ours, kind of layer) of its layers.
+# The layers of each kind of block: (name in the file, our path, kind of layer).
 RESIDUAL = (
     ("in_layers.0", "norm_in/norm", "norm"),
     ("in_layers.2", "conv_in", "convolution"),
     ("emb_layers.1", "time", "linear"),
     ("out_layers.0", "norm_out/norm", "norm"),
     ("out_layers.3", "conv_out", "convolution"),
-    ("skip_connection", "shortcut", "convolution"),  # where the channels change
+    ("skip_connection", "shortcut", "convolution"),  # if the channels change
 )
 ATTENTION = (
     ("norm", "norm/norm", "norm"),
@@ -106,7 +97,7 @@ OUT = (("0", "norm/norm", "norm"), ("2", "out", "convolution"))
 
 
 def _blocks(model: JointModel) -> Iterator[tuple[str, str, tuple]]:
-    """(prefix in the file, path in ours, layers) of the UNet's blocks, in the file's order."""
+    """(prefix in the file, our path, layers) of each block of the UNet, in the file's order."""
     sizes = level_sizes(model.image_size, len(model.multipliers))
     last = len(sizes) - 1
     attends = [side in model.attention for side in sizes]
@@ -146,51 +137,38 @@ def _blocks(model: JointModel) -> Iterator[tuple[str, str, tuple]]:
 
 
 class Entry(NamedTuple):
-    """One array of the file. path: of ours, from the collection down. shape, dtype: the file's."""
+    """An array of the file. path: where ours is, from the collection on. array: theirs."""
 
     path: tuple[str, ...]
     layout: Layout
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    array: jax.ShapeDtypeStruct
 
 
+@functools.cache  # tracing a network takes seconds
 def entries(model: JointModel, head: bool) -> dict[str, Entry]:
-    """{name in the file: Entry} of a model, in the file's order. head: with the classifier's.
+    """{name in the file: Entry} of a model, in the file's order. head: include the classifier.
 
-    Raises ConvertError where head is asked of a model whose head is not the published one.
+    Raises InvalidValue where `head` is set and the model's head is not the published one.
     """
     if head and model.head != "published":
-        raise ConvertError(
-            f"model.head={model.head!r} has no place in a published file, which has model.head="
-            "'published'; --without-head converts all but the head"
+        raise InvalidValue(
+            "config.model.head",
+            model.head,
+            "cannot be converted, only 'published' can",
+            "--without-head converts the weights without the head",
         )
-    ours = flatten_dict(abstract_weights(model, replicated(make_mesh())))
+    ours = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model)))
     blocks = [(HEAD_PREFIX, "head", HEAD)] if head else []
     found = {}
     for prefix, block, layers in [*blocks, *_blocks(model)]:
         for name, path, kind in layers:
             for array, collection, leaf, layout in LAYERS[kind]:
                 at = (collection, *block.split("/"), *path.split("/"), leaf)
-                if at in ours:  # all but the shortcuts of blocks that need none
-                    theirs = layout.theirs(np.broadcast_to(ours[at].dtype.type(0), ours[at].shape))
-                    found[f"{prefix}.{name}.{array}"] = Entry(
-                        at, layout, theirs.shape, theirs.dtype
-                    )
+                if at in ours:  # a shortcut exists only where the channels change
+                    like = layout.theirs(np.broadcast_to(ours[at].dtype.type(0), ours[at].shape))
+                    theirs = jax.ShapeDtypeStruct(like.shape, like.dtype)
+                    found[f"{prefix}.{name}.{array}"] = Entry(at, layout, theirs)
     return found
-
-
-def differences(arrays: dict[str, np.ndarray], wanted: dict[str, Entry]) -> list[str]:
-    """One "name: the config wants …, the file has …" for every array that does not fit."""
-
-    def describe(array):
-        return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-
-    return [
-        f"{name}: the config wants {describe(wanted.get(name))}, "
-        f"the file has {describe(arrays.get(name))}"
-        for name in wanted | arrays
-        if describe(wanted.get(name)) != describe(arrays.get(name))
-    ]
 
 
 # Both ways ---------------------------------------------------------------------------------------
@@ -199,16 +177,16 @@ def differences(arrays: dict[str, np.ndarray], wanted: dict[str, Entry]) -> list
 def load_weights(
     path: str | os.PathLike, config: ConfigDict, *, without_head: bool = False
 ) -> dict[str, Any]:
-    """{"params", "batch_stats"} of a state_dict, numpy arrays.
+    """The weights {"params", "batch_stats"} in a state_dict, as NumPy arrays.
 
-    path: a .pt or .safetensors file of raw or averaged weights. config: of the network that they
-    are of. without_head: the file holds no classifier; the head is initialised by the config's
+    path: a .pt or .safetensors file of weights or of their EMA. config: describes the network of
+    the file. without_head: the file has no classifier; a new head is initialised, with the config's
     seed.
 
-    Raises ConvertError for a file that cannot be read or does not fit the config in every name,
-    shape and dtype; ImportError without PyTorch.
+    Raises InvalidValue for a file that cannot be read, or that differs from the config in a name,
+    shape or dtype (`details` lists all of them). Raises Failure without PyTorch.
     """
-    model = JointModel(**config.model)
+    model = make_model(config.model, config.exec)
     arrays, wanted = read(path), entries(model, head=not without_head)
     _check_fits(path, arrays, wanted)
     flat = {
@@ -227,159 +205,175 @@ def from_file(
     *,
     without_head: bool = False,
 ) -> None:
-    """Makes a work folder of a state_dict: weights and config, at step 0; see `load_weights`.
+    """Converts a state_dict to a work folder: weights and config, as step 0. See `load_weights`.
 
-    workdir: must be empty or absent; it appears whole or not at all. without_head: its config says
-    loss.terms="diffusion", whatever was given, so that no guidance follows a head without training.
+    workdir: a new or empty folder. without_head: the new config has loss.terms=("diffusion",), so
+    that no guidance uses a classifier that was never trained.
 
-    Raises ConvertError for a folder that is not empty, too, and CheckpointError where saving fails.
+    Raises InvalidValue as `load_weights` does, and for a folder that is not empty. Raises
+    CheckpointError where the weights cannot be saved.
     """
-    workdir = Path(workdir)
     check_workdir(workdir)
     weights = load_weights(path, config, without_head=without_head)
-    partial = workdir.with_name(f"{workdir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    settings = configs.to_dict(config)
+    settings = config_to_dict(config)
     if without_head:
-        settings["loss"]["terms"] = "diffusion"
-    checkpoint.save(partial, 0, weights=weights, config=settings, keep=1)
-    write_whole(partial / "config.json", json.dumps(settings, indent=2) + "\n")
-    partial.rename(workdir)
+        settings["loss"]["terms"] = ("diffusion",)
+    with whole_folder(Path(workdir)) as folder:
+        write_work_folder(folder, 0, weights, settings)
+
+
+def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, Any]) -> None:
+    """Writes a checkpoint of weights and config only, and config.json. config: JSON values."""
+    checkpoint.save(folder, step, weights=weights, config=config, keep=1)
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def to_file(
-    joint_path: str | os.PathLike, path: str | os.PathLike, *, without_head: bool = False
+    joint: Joint | str | os.PathLike, path: str | os.PathLike, *, without_head: bool = False
 ) -> None:
-    """Writes the weights of a work folder as a state_dict.
+    """Converts the weights of a model, or of the one at that path, to a state_dict.
 
-    path: ends in .pt or .safetensors. without_head: leaves the classifier out.
+    path: ends in .pt or .safetensors. without_head: omits the classifier.
 
-    Raises ConvertError for another ending and for a head that is not the published one,
-    CheckpointError where there is no whole checkpoint, ImportError without PyTorch.
+    Raises InvalidValue for another ending, and for a head that is not the published one. Raises
+    CheckpointError where no model can be loaded, and Failure without PyTorch.
     """
-    check_ending(path)
-    joint = load(joint_path)
+    file_format("to", path)  # checked before the model is loaded
+    joint = as_joint(joint)
     write(path, state_dict(joint.model, jax.device_get(joint.weights), head=not without_head))
 
 
 def state_dict(model: JointModel, weights: Any, head: bool = True) -> dict[str, np.ndarray]:
-    """{name in the file: array} of {"params", "batch_stats"}. head: with the classifier's.
+    """{name in the file: array} of weights {"params", "batch_stats"}. head: include the classifier.
 
-    Raises ConvertError where the model's head is not the published one.
+    Raises InvalidValue where `head` is set and the model's head is not the published one.
     """
     ours = flatten_dict(weights)
-    return {  # a copy: contiguous, and writable, as PyTorch asks
+    return {  # copies, since PyTorch needs contiguous and writable arrays
         name: np.array(entry.layout.theirs(np.asarray(ours[entry.path])), order="C")
         for name, entry in entries(model, head).items()
     }
 
 
 def _check_fits(path, arrays: dict[str, np.ndarray], wanted: dict[str, Entry]) -> None:
-    found = differences(arrays, wanted)
-    headless = not any(name.startswith(f"{HEAD_PREFIX}.") for name in arrays)
-    if found and headless and len(found) == sum(n.startswith(f"{HEAD_PREFIX}.") for n in wanted):
-        raise ConvertError(
-            f"{path} holds no classifier ({HEAD_PREFIX}.…), and its network fits otherwise; "
-            "--without-head converts it with a freshly initialised head",
-            found,
-        )
-    if found:
-        more = f"; {len(found) - 1} more differ" if len(found) > 1 else ""
-        raise ConvertError(f"{path} does not fit the config: {found[0]}{more}", found)
+    """Raises InvalidValue where the arrays of a file are not those that the config describes."""
+    found = differences({name: entry.array for name, entry in wanted.items()}, arrays)
+    details = tuple(f"{d.path}: the config wants {d.wanted}, the file has {d.found}" for d in found)
+
+    def error(allowed: str, hint: str = "") -> InvalidValue:
+        return InvalidValue("from", str(path), allowed, hint, details)
+
+    absent = {name for name in wanted if name.startswith(f"{HEAD_PREFIX}.")} - arrays.keys()
+    if absent and absent == {difference.path for difference in found}:
+        allowed = f"has no classifier ({HEAD_PREFIX}.…), and its network fits otherwise"
+        raise error(allowed, "--without-head initialises a new head")
+    if details:
+        more = f"; {len(details) - 1} more differ" if len(details) > 1 else ""
+        raise error(f"does not fit the config: {details[0]}{more}")
     for name, entry in wanted.items():
         if entry.layout is COUNTER and not 0 <= arrays[name] < 2**31:
-            raise ConvertError(f"{path}: {name} is {arrays[name]}, which is no count of batches")
+            raise error(f"has {name} = {arrays[name]}, which is not a count of batches")
 
 
 def _initial_head(model: JointModel, seed: int) -> dict[tuple[str, ...], np.ndarray]:
-    """The head's arrays as training with that seed would begin with them, by path."""
+    """{path: array} of the head, as initialised for training with that seed."""
 
     @jax.jit
-    def init(key):  # what is not of the head is compiled away
-        x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-        flat = flatten_dict(model.init(key, x, jnp.zeros((1,), jnp.int32)))
+    def init(key):  # the compiler removes everything that the head does not need
+        flat = flatten_dict(model.init(key, *example_inputs(model)))
         return {"/".join(at): leaf for at, leaf in flat.items() if at[1] == "head"}
 
     return {tuple(at.split("/")): np.asarray(x) for at, x in init(jax.random.key(seed)).items()}
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raises ConvertError for a folder that a conversion would write into or over."""
-    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
-        raise ConvertError(f"{workdir} exists and is not empty; a new folder is needed")
+def check_workdir(workdir: str | os.PathLike) -> None:
+    """Raises InvalidValue where a conversion cannot create this work folder."""
+    path = Path(workdir)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InvalidValue("workdir", str(path), "exists and is not empty; a new folder is needed")
 
 
 # Files -------------------------------------------------------------------------------------------
 
 
-def check_ending(path: str | os.PathLike) -> str:
-    """The ending of a file that can be read and written; ConvertError for any other."""
+class FileFormat(NamedTuple):
+    """How a state_dict {name: array} is read from a file, and encoded as its content."""
+
+    read: Callable[[str | os.PathLike], dict[str, np.ndarray]]
+    encode: Callable[[dict[str, np.ndarray]], bytes]
+
+
+def file_format(parameter: str, path: str | os.PathLike) -> FileFormat:
+    """The format of a file, by its ending. Raises InvalidValue for an ending not in FORMATS."""
     ending = Path(path).suffix
-    if ending not in ENDINGS:
-        raise ConvertError(f"{path} must end in one of {', '.join(ENDINGS)}")
-    return ending
+    if ending not in FORMATS:
+        raise InvalidValue(parameter, str(path), f"must end in one of {', '.join(FORMATS)}")
+    return FORMATS[ending]
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """{name: array} of a state_dict on disk, in its order.
 
-    Raises ConvertError for a file that is missing, damaged, holds code or no state_dict; OSError
-    where it cannot be opened.
+    Raises InvalidValue for a file that is missing, damaged, contains code or is not a state_dict;
+    OSError where it cannot be opened; Failure without PyTorch.
     """
-    ending = check_ending(path)
+    read_file = file_format("from", path).read
     if not Path(path).is_file():
-        raise ConvertError(f"{path} is not a file")
+        raise InvalidValue("from", str(path), "is not a file")
     with open(path, "rb"):
-        pass  # what may not be opened is not damaged
-    load_file = {".pt": _read_torch, ".safetensors": _read_safetensors}[ending]
+        pass  # a file that cannot be opened is an OSError; it is not damaged
     try:
-        return load_file(path)
-    except (ConvertError, ImportError, MemoryError):
+        return read_file(path)
+    except (InvalidValue, Failure, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         what = f" ({named[1]})" if named else ""
-        raise ConvertError(
-            f"{path} is damaged or holds more than weights{what}, and code in a file is never run"
-        ) from error
-    # PyTorch has no type of its own for "damaged": a file that was cut is an OSError, a
-    # RuntimeError or an EOFError, depending on where.
+        problem = f"is damaged or has more than weights{what}, and code in a file is never run"
+        raise InvalidValue("from", str(path), problem) from error
+    # PyTorch has no error type for damage: a truncated file raises OSError, RuntimeError or
+    # EOFError, depending on where it ends.
     except Exception as error:
-        cause = str(error).split("\n")[0] or type(error).__name__
-        raise ConvertError(f"{path} is damaged or no state_dict: {cause}") from error
+        problem = f"is damaged or not a state_dict: {str(error) or type(error).__name__}"
+        raise InvalidValue("from", str(path), problem.split("\n")[0]) from error
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Writes a state_dict; the file appears whole or not at all."""
-    if check_ending(path) == ".safetensors":
-        content = _import("safetensors.numpy").save(arrays)
-    else:
-        torch, buffer = _import("torch"), io.BytesIO()
-        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
-        content = buffer.getvalue()
-    write_whole(Path(path), content)
+    write_whole(Path(path), file_format("to", path).encode(arrays))
 
 
 def _import(name: str) -> Any:
-    """A module of the extra "torch"."""
+    """A module of the extra "torch". Raises Failure where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
-        raise ImportError(f"this needs {package}: pip install 'jdm[torch]'") from error
+        raise Failure(f"conversion needs {package}: pip install 'jdm[torch]'") from error
 
 
 def _read_torch(path) -> dict[str, np.ndarray]:
     torch = _import("torch")
-    with warnings.catch_warnings():  # of pickle protocols, which are either read or refused
+    with warnings.catch_warnings():  # warnings about pickle protocols, which torch.load handles
         warnings.simplefilter("ignore")
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()
     ):
-        raise ConvertError(f"{path} holds no state_dict, which is a dict of tensors by name")
+        raise InvalidValue("from", str(path), "has no state_dict, which is a dict of named tensors")
     return {name: x.detach().numpy() for name, x in state.items()}
 
 
-def _read_safetensors(path) -> dict[str, np.ndarray]:
-    return _import("safetensors.numpy").load_file(path)
+def _encode_torch(arrays) -> bytes:
+    torch, buffer = _import("torch"), io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
+    return buffer.getvalue()
+
+
+FORMATS = {
+    ".pt": FileFormat(_read_torch, _encode_torch),
+    ".safetensors": FileFormat(
+        lambda path: _import("safetensors.numpy").load_file(path),
+        lambda arrays: _import("safetensors.numpy").save(arrays),
+    ),
+}

@@ -1,14 +1,33 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: written beside, then renamed."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes beside, then renames: nothing half-written has the final name, nor replaces a file."""
+    """Writes a file, replacing one that is there; a failed write changes nothing at `path`."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
-        os.fsync(file.fileno())  # or a rename may outlive a power cut, and the content not
+        os.fsync(file.fileno())  # a rename may survive a power cut that its content does not
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which is renamed to `path` where nothing is raised, else removed.
+
+    Raises OSError where `path` is not absent or an empty folder by then.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,22 +1,29 @@
 """The mesh of devices, how arrays lie on it, and how host batches become global arrays.
 
-Owns shardings. One device is a mesh of one: nothing elsewhere asks how many there are.
+Owns shardings. A single device is a mesh of one, so no other code counts devices.
 """
+
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jdm.errors import InvalidValue
+
 
 def make_mesh() -> Mesh:
     """All devices of all hosts along one axis, "data"."""
-    # Auto axes: under Explicit ones, gathers such as abar[t] with a sharded t are refused.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return _mesh(jax.devices())
 
 
 def local_mesh() -> Mesh:
-    """The devices of this host along "data": for work that hosts do each for itself."""
-    devices = jax.local_devices()
+    """The devices of this host along "data", for work that each host does separately."""
+    return _mesh(jax.local_devices())
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    # Auto axes: Explicit ones refuse gathers such as abar[t] with a sharded t.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -30,10 +37,10 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises ValueError where a batch does not divide by the devices. name: of the config key."""
+def check_batch(batch_size: int, mesh: Mesh, parameter: str) -> None:
+    """Raises InvalidValue, naming the parameter, where a batch does not divide by the devices."""
     if batch_size % mesh.size:
-        raise ValueError(f"{name}={batch_size} does not divide by the {mesh.size} devices")
+        raise InvalidValue(parameter, batch_size, f"does not divide by the {mesh.size} devices")
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

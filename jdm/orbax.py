@@ -1,4 +1,4 @@
-"""Orbax as jdm.checkpoint uses it: silent, and with none of its threads left behind."""
+"""Orbax as jdm.checkpoint uses it: no messages, and no thread outlives a call."""
 
 import contextlib
 import logging
@@ -21,12 +21,12 @@ HANDLERS = {
 
 @contextlib.contextmanager
 def checkpointer() -> Iterator[ocp.Checkpointer]:
-    """Saves and restores the items of HANDLERS; begins and ends with a barrier of all processes."""
+    """Saves and restores the items of HANDLERS; starts and ends with a barrier of all processes."""
     handler = ocp.CompositeCheckpointHandler(**{k: make() for k, make in HANDLERS.items()})
     with quiet(), ocp.Checkpointer(handler) as checkpointer:
         try:
             yield checkpointer
-        finally:  # where one item fails, Orbax leaves the threads that write the others running
+        finally:  # when one item fails, Orbax leaves the threads that write the others running
             for thread in threading.enumerate():
                 if type(thread).__module__.startswith("orbax."):
                     thread.join()
@@ -34,14 +34,14 @@ def checkpointer() -> Iterator[ocp.Checkpointer]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Orbax: a failure raises, and its threads' tracebacks would bury that one sentence.
+    """Silences Orbax, whose threads would print tracebacks beside the error that is raised.
 
-    After a failure the silence stays: writes still under way end after the call, each telling an
-    event loop that is closed by then, a traceback per array.
+    After an error Orbax stays silenced: writes that end after the call report to an event loop that
+    is closed by then, and each would print a traceback.
     """
     loggers, hook = [logging.getLogger("absl"), logging.getLogger("asyncio")], sys.unraisablehook
 
-    def elsewhere(record: logging.LogRecord) -> bool:
+    def of_others(record: logging.LogRecord) -> bool:
         raised = record.exc_info and record.exc_info[1]
         trace = "".join(traceback.format_exception(raised)) if raised else ""
         return "orbax" not in record.pathname + record.getMessage() + trace
@@ -51,9 +51,9 @@ def quiet() -> Iterator[None]:
             hook(event)
 
     for logger in loggers:
-        logger.addFilter(elsewhere)
+        logger.addFilter(of_others)
     sys.unraisablehook = unraisable
     yield
     sys.unraisablehook = hook
     for logger in loggers:
-        logger.removeFilter(elsewhere)
+        logger.removeFilter(of_others)

@@ -1,6 +1,6 @@
-"""What a run says while it goes: a progress bar, metrics.jsonl, TensorBoard.
+"""What a run reports while it runs: a progress bar, metrics.jsonl and TensorBoard events.
 
-Owns the files of figures in a work folder. Computes none of them.
+Owns the files of metrics in a work folder. Computes no metrics.
 """
 
 import json
@@ -15,22 +15,25 @@ from jdm.files import write_whole
 
 
 class Progress:
-    """A bar with rate and time left; plain lines, seconds apart, where there is no terminal."""
+    """A progress bar with rate and time left; without a terminal, a line each `every` seconds.
 
-    def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 10.0):
+    total, done: the count at the end and at the start. unit: of the counts, in the plural.
+    """
+
+    def __init__(self, total: int, label: str, unit: str, done: int = 0, every: float = 10.0):
         self._bar = tqdm(
             total=total,
             initial=done,
-            desc=what,
+            desc=label,
             unit=f" {unit}",
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
             delay=2,
         )
-        self._what, self._unit, self._total = what, unit, total
+        self._label, self._unit, self._total = label, unit, total
         self._done = self._first = done
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._every = every
 
     def __enter__(self):
@@ -40,30 +43,29 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int = 1) -> None:
-        """`count` more are done."""
+        """Counts `count` more as done."""
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= self._every:
+        if self._bar.disable and now - self._printed >= self._every:
             rate = (self._done - self._first) / (now - self._started)
             left = (self._total - self._done) / rate
-            self._said = now
+            self._printed = now
             self.say(
-                f"{self._what}: {self._done}/{self._total} {self._unit}, "
+                f"{self._label}: {self._done}/{self._total} {self._unit}, "
                 f"{rate:.3g} {self._unit}/s, {left:.0f} s left"
             )
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Prints a line to stderr; above the bar, where there is one."""
         self._bar.write(line, file=sys.stderr)
 
 
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a work folder, one row a step.
+    """metrics.jsonl and the TensorBoard events of a work folder; one row for each logged step.
 
-    step: where the run goes on. Rows beyond it, of a run that was cut off after its last
-    checkpoint, are taken out, since they will be written again. started: time.monotonic() at the
-    start of the run.
+    step: the step that the run resumes from. Later rows, of an interrupted run, are removed: these
+    steps are run and logged again. started: time.monotonic() at the start of the run.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int, started: float):
@@ -85,7 +87,7 @@ class MetricLog:
         self._events.close()
 
     def write(self, step: int, images: int, metrics: dict[str, float | int]) -> None:
-        """One row: step, images seen, seconds in training over all starts, and the metrics."""
+        """Adds a row: step, images seen, seconds of training in all its runs, and the metrics."""
         seconds = round(self._before + time.monotonic() - self._started, 3)
         row = {"step": step, "images": images, "seconds": seconds, **metrics}
         self._file.write(json.dumps(row) + "\n")
@@ -101,7 +103,7 @@ def _metrics_path(workdir: str | os.PathLike) -> Path:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
     """The rows of a work folder's metrics.jsonl; [] where there is none.
 
-    A last line that was cut off, by a full disk or a kill, is left out.
+    An incomplete last line, left by a full disk or a killed run, is skipped.
     """
     path = _metrics_path(workdir)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -1,4 +1,4 @@
-"""jdm.convert: every name and byte there and back, and what is refused in which words."""
+"""jdm.convert: names and bytes both ways, and the errors for files that cannot be converted."""
 
 import collections
 import json
@@ -7,6 +7,7 @@ import pickle
 import sys
 import warnings
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -14,24 +15,28 @@ from flax.traverse_util import flatten_dict
 
 import jdm
 from jdm import checkpoint, cli, convert, trainer
-from jdm import config as configs
-from jdm.joint import abstract_weights
-from jdm.mesh import make_mesh, replicated
-from jdm.nn.model import JointModel
+from jdm.config import config_from_dict, flatten, load_config
+from jdm.errors import Failure, InvalidValue
+from jdm.nn.model import example_inputs, make_model
 
 torch = pytest.importorskip("torch", reason="PyTorch (the extra torch) reads and writes the files")
 
 
 def config_of(*overrides: str):
-    """Of what is quickest to compile; tests of names alone take other networks."""
+    """A config of a small network that compiles fast, with the published head."""
     small = ("model.multipliers=(1,)", "model.attention=()", "loss.classify=noised")
     plain = ("model.dropout=0.0", "model.head_dropout=0.0", "optim.clip_norm=0.0")
     settings = ("model.head=published", *small, *plain, *overrides)
-    return configs.load("tiny", [f"--config.{setting}" for setting in settings])
+    return load_config("tiny", [f"--config.{setting}" for setting in settings])
 
 
 CONFIG = config_of()
-MODEL = JointModel(**CONFIG.model)
+MODEL = make_model(CONFIG.model, CONFIG.exec)
+
+
+def shapes(model):
+    """The shapes and dtypes of its weights."""
+    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))
 
 
 def state_dict(model=MODEL, seed: int = 0, head: bool = True) -> dict:
@@ -40,8 +45,8 @@ def state_dict(model=MODEL, seed: int = 0, head: bool = True) -> dict:
     return {
         name: torch.from_numpy(
             np.array(rng.integers(1, 99))
-            if entry.dtype == np.int64
-            else rng.uniform(0.5, 1.5, entry.shape).astype(np.float32)
+            if entry.array.dtype == np.int64
+            else rng.uniform(0.5, 1.5, entry.array.shape).astype(np.float32)
         )
         for name, entry in convert.entries(model, head).items()
     }
@@ -74,31 +79,28 @@ def assert_same_bytes(ours, theirs, ordered=True):
         assert ours_x.tobytes() == x.tobytes(), name
 
 
-# There and back.
+# Both ways.
 
 
 @pytest.mark.parametrize("name", ["grey28", "grey28_x0_updown", "rgb32_learned", "rgb64_neworder"])
 def test_stored_files_come_back_to_the_byte(published, name, tmp_path):
     stored = published(name)
-    model = JointModel(**stored.config.model)
+    model = make_model(stored.config.model, stored.config.exec)
     weights = convert.load_weights(stored.file, stored.config)
-    ours = flatten_dict(abstract_weights(model, replicated(make_mesh())))
-    assert {path: (x.shape, x.dtype) for path, x in flatten_dict(weights).items()} == {
-        path: (x.shape, x.dtype) for path, x in ours.items()
-    }
+    chex.assert_trees_all_equal_shapes_and_dtypes(weights, shapes(model))
     convert.write(tmp_path / "back.pt", convert.state_dict(model, weights))
     theirs = torch.load(stored.file, weights_only=True)
     assert_same_bytes(torch.load(tmp_path / "back.pt", weights_only=True), theirs)
 
 
-@pytest.mark.parametrize("ending", convert.ENDINGS)
+@pytest.mark.parametrize("ending", convert.FORMATS)
 def test_a_work_folder_comes_back_to_the_byte(ported, ending, tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / f"back{ending}"
     convert.to_file(ported, path)
     assert_same_bytes(convert.read(path), STATE, ordered=ending == ".pt")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    if ending == ".safetensors":  # which is read as well
+    if ending == ".safetensors":  # which can be read too
         weights = convert.load_weights(path, CONFIG)
         assert_same_bytes(convert.state_dict(MODEL, weights), STATE)
 
@@ -112,13 +114,13 @@ def test_a_work_folder_comes_back_to_the_byte(ported, ending, tmp_path):
     ids=["conv", "resblock"],
 )
 def test_every_array_of_ours_has_one_name(overrides):
-    model = JointModel(**config_of(*overrides).model)
+    config = config_of(*overrides)
+    model = make_model(config.model, config.exec)
     paths = [entry.path for entry in convert.entries(model, head=True).values()]
-    ours = flatten_dict(abstract_weights(model, replicated(make_mesh())))
-    assert len(paths) == len(set(paths)) and set(paths) == set(ours)
+    assert len(paths) == len(set(paths)) and set(paths) == set(flatten_dict(shapes(model)))
 
 
-def test_averages_in_an_ordered_dict_are_read_too(file, tmp_path):
+def test_an_ordered_dict_of_parameters_is_read_too(file, tmp_path):
     parameters = {n: torch.nn.Parameter(x, x.is_floating_point()) for n, x in STATE.items()}
     torch.save(collections.OrderedDict(parameters), tmp_path / "ema.pt")
     assert_same_bytes(convert.read(tmp_path / "ema.pt"), convert.read(file))
@@ -127,14 +129,14 @@ def test_averages_in_an_ordered_dict_are_read_too(file, tmp_path):
 def test_the_work_folder_holds_weights_and_config_at_step_0(ported):
     assert checkpoint.steps(ported) == [0]
     assert checkpoint.items(ported, 0) == {"weights", "config"}
-    assert configs.from_dict(json.loads((ported / "config.json").read_text())) == CONFIG
+    assert config_from_dict(json.loads((ported / "config.json").read_text())) == CONFIG
     joint = jdm.load(ported)
     count = joint.weights["batch_stats"]["head"]["norm_in"]["count"]
     assert count == STATE["clasifier.bn_1.num_batches_tracked"].item()
 
 
-def test_it_is_sampled_evaluated_and_trained_on(ported, capsys):
-    """Once, with a work folder of its own steps after that."""
+def test_a_converted_model_is_sampled_evaluated_and_trained(ported, capsys):
+    """Training starts from the converted weights, and later resumes like any other run."""
     samples = jdm.sample(ported, 1, steps=1)
     assert samples.images.shape == (1, 8, 8, 1)
     longer = config_of("train.steps=2", "checkpoint.every=1")
@@ -151,7 +153,17 @@ def test_it_is_sampled_evaluated_and_trained_on(ported, capsys):
     counts = [w["batch_stats"]["head"]["norm_in"]["count"] for w in (before, after)]
     assert counts[1] == counts[0] + 1
     trainer.train(config_of("train.steps=3", "checkpoint.every=1"), ported)
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
+
+
+def test_a_failed_save_leaves_nothing_behind(file, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise checkpoint.CheckpointError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(checkpoint.CheckpointError):
+        convert.from_file(file, CONFIG, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Files without a classifier.
@@ -170,29 +182,29 @@ def test_a_file_without_a_classifier_needs_a_flag(headless, tmp_path):
     joint = jdm.load(tmp_path / "run")
     assert (joint.weights["batch_stats"]["head"]["norm_in"]["var"] == 1).all()
     assert np.std(joint.params["head"]["in"]["kernel"]) > 0.01
-    with pytest.raises(ValueError, match="^guidance='pixel' needs a classifier"):
+    assert joint.config.loss.terms == ("diffusion",)
+    with pytest.raises(InvalidValue, match="^guidance='pixel' needs a classifier"):
         jdm.sample(joint, labels=[0], guidance="pixel")
     convert.to_file(tmp_path / "run", tmp_path / "back.pt", without_head=True)
     assert_same_bytes(convert.read(tmp_path / "back.pt"), convert.read(headless))
 
 
-def test_our_own_head_has_no_place_in_a_file(headless, tiny, tmp_path):
-    own = configs.load("tiny")
-    for given in (
+def test_only_the_published_head_is_converted(headless, tiny, tmp_path):
+    own = load_config("tiny")
+    for conversion in (
         lambda: convert.load_weights(headless, own),
         lambda: convert.to_file(tiny, tmp_path / "back.pt"),
     ):
-        with pytest.raises(convert.ConvertError, match="^model.head='normalised' .*--without-head"):
-            given()
+        said = "^config.model.head='normalised' .*--without-head"
+        with pytest.raises(InvalidValue, match=said):
+            conversion()
     convert.to_file(tiny, tmp_path / "back.pt", without_head=True)
-    names = convert.entries(JointModel(**own.model), head=False)
+    names = convert.entries(make_model(own.model, own.exec), head=False)
     assert list(convert.read(tmp_path / "back.pt")) == list(names)
 
 
-def test_a_file_with_a_classifier_is_not_stripped_of_it(file, tmp_path):
-    with pytest.raises(
-        convert.ConvertError, match="clasifier.bn_1.weight: the config wants nothing"
-    ):
+def test_a_file_with_a_classifier_is_not_read_without_it(file, tmp_path):
+    with pytest.raises(InvalidValue, match="clasifier.bn_1.bias: the config wants nothing"):
         convert.from_file(file, CONFIG, tmp_path / "run", without_head=True)
 
 
@@ -200,9 +212,9 @@ def test_a_file_with_a_classifier_is_not_stripped_of_it(file, tmp_path):
 
 
 def refused(path, config, workdir) -> str:
-    """The sentence that a file is refused with; nothing is written."""
+    """The sentence of the error for a file; nothing is written."""
     before = set(workdir.parent.iterdir())
-    with pytest.raises(convert.ConvertError) as error:
+    with pytest.raises(InvalidValue) as error:
         convert.from_file(path, config, workdir)
     sentence = str(error.value)
     assert "\n" not in sentence and str(path) in sentence
@@ -213,21 +225,13 @@ def refused(path, config, workdir) -> str:
 @pytest.mark.parametrize(
     "overrides, first, more",
     [
-        (
-            ["model.channels=16"],
-            "clasifier.bn_1.weight: the config wants float32[49], the file",
-            79,
-        ),
-        (
-            ["model.blocks=2"],
-            "clasifier.bn_1.weight: the config wants float32[33], the file has",
-            32,
-        ),
-        (["model.num_classes=7"], "clasifier.fc_2.weight: the config wants float32[7, 12], the", 1),
-        (["model.attention=(8,)"], "input_blocks.1.1.norm.weight: the config wants float32[8]", 17),
+        (["model.channels=16"], "clasifier.bn_1.bias: the config wants float32[49], the file", 79),
+        (["model.blocks=2"], "clasifier.bn_1.bias: the config wants float32[33], the file has", 32),
+        (["model.num_classes=7"], "clasifier.fc_2.bias: the config wants float32[7], the file", 1),
+        (["model.attention=(8,)"], "input_blocks.1.1.norm.bias: the config wants float32[8]", 17),
         (
             ["model.learned_variance=True", "diffusion.variance=learned"],
-            "out.2.weight: the config wants float32[2, 8, 3, 3], the file has float32[1, 8, 3, 3]",
+            "out.2.bias: the config wants float32[2], the file has float32[1]",
             1,
         ),
     ],
@@ -245,7 +249,7 @@ CHANGES = {
     "half": (lambda s: {n: x.half() for n, x in s.items()}, "the file has float16", None),
     "count": (
         lambda s: {**s, "clasifier.bn_2.num_batches_tracked": torch.tensor(2**31)},
-        "num_batches_tracked is 2147483648, which is no count",
+        "num_batches_tracked = 2147483648, which is not a count",
         0,
     ),
 }
@@ -261,13 +265,10 @@ def test_a_file_that_does_not_fit(tmp_path, name):
 
 
 def test_every_difference_is_listed(file):
-    with pytest.raises(convert.ConvertError) as error:
+    with pytest.raises(InvalidValue) as error:
         convert.load_weights(file, config_of("model.num_classes=7"))
-    listed = error.value.differences
-    assert [line.split(":")[0] for line in listed] == [
-        "clasifier.fc_2.weight",
-        "clasifier.fc_2.bias",
-    ]
+    listed = [line.split(":")[0] for line in error.value.details]
+    assert listed == ["clasifier.fc_2.bias", "clasifier.fc_2.weight"]
 
 
 class Code:
@@ -280,11 +281,11 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("make", ["zip", "pickle"])
-def test_code_in_a_file_is_never_run(tmp_path, make):
+@pytest.mark.parametrize("kind", ["zip", "pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, kind):
     trap, path = tmp_path / "trap", tmp_path / "model.pt"
     content = {**STATE, "more": Code(trap)}
-    if make == "zip":
+    if kind == "zip":
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content["more"]))
@@ -292,13 +293,14 @@ def test_code_in_a_file_is_never_run(tmp_path, make):
     assert "code in a file is never run" in sentence and not trap.exists()
 
 
-@pytest.mark.parametrize("keep", [0, 100, 20_000])
-@pytest.mark.parametrize("ending", convert.ENDINGS)
-def test_a_truncated_file(file, ported, tmp_path, keep, ending):
-    path = tmp_path / f"cut{ending}"
-    convert.to_file(ported, tmp_path / f"whole{ending}")
-    path.write_bytes((tmp_path / f"whole{ending}").read_bytes()[:keep])
-    assert "damaged" in refused(path, CONFIG, tmp_path / "run")
+@pytest.mark.parametrize("ending", convert.FORMATS)
+def test_a_truncated_file(ported, tmp_path, ending):
+    path = tmp_path / f"model{ending}"
+    convert.to_file(ported, path)
+    content = path.read_bytes()
+    for size in (0, 100, 20_000):
+        path.write_bytes(content[:size])
+        assert "damaged" in refused(path, CONFIG, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -306,12 +308,12 @@ def test_a_truncated_file(file, ported, tmp_path, keep, ending):
 )
 def test_a_file_that_holds_something_else(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
-    assert "holds no state_dict" in refused(tmp_path / "model.pt", CONFIG, tmp_path / "run")
+    assert "has no state_dict" in refused(tmp_path / "model.pt", CONFIG, tmp_path / "run")
 
 
 def test_the_command_converts_both_ways_and_lists_what_differs(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command replaces
-    plain, ours = (configs.flatten(config) for config in (configs.load("tiny"), CONFIG))
+    plain, ours = flatten(load_config("tiny")), flatten(CONFIG)
     overrides = [f"--config.{key}={ours[key]}" for key in ours if ours[key] != plain[key]]
     inwards = ["convert", f"--from={file}", "--config=tiny", *overrides]
     cli.main([*inwards, f"--workdir={tmp_path / 'run'}"])
@@ -326,24 +328,25 @@ def test_the_command_converts_both_ways_and_lists_what_differs(file, tmp_path, c
         cli.main([*inwards, "--config.model.num_classes=7", f"--workdir={tmp_path / 'other'}"])
     out, err = capsys.readouterr()
     assert end.value.code == 2 and err.count("\n") == 1
-    assert err.startswith(f"jdm convert: --from: {file} does not fit the config: clasifier.fc_2")
+    said = f"jdm convert: --from={str(file)!r} does not fit the config: clasifier.fc_2.bias"
+    assert err.startswith(said)
     listed = [line.split(":")[0] for line in out.splitlines()]
-    assert listed == ["clasifier.fc_2.weight", "clasifier.fc_2.bias"]
+    assert listed == ["clasifier.fc_2.bias", "clasifier.fc_2.weight"]
     assert not (tmp_path / "other").exists()
 
 
-def test_paths_that_cannot_be_right(file, ported, tmp_path):
+def test_wrong_paths(file, ported, tmp_path):
     assert "is not a file" in refused(tmp_path / "absent.pt", CONFIG, tmp_path / "run")
     assert "must end in one of .pt, .safetensors" in refused(
         tmp_path / "model.ckpt", CONFIG, tmp_path / "run"
     )
-    with pytest.raises(convert.ConvertError, match="exists and is not empty"):
+    with pytest.raises(InvalidValue, match="exists and is not empty"):
         convert.from_file(file, CONFIG, ported)
-    with pytest.raises(convert.ConvertError, match="must end in one of"):
+    with pytest.raises(InvalidValue, match="must end in one of"):
         convert.to_file(ported, tmp_path / "model.onnx")
 
 
-def test_without_pytorch_it_says_what_to_install(file, monkeypatch):
+def test_without_pytorch_the_error_names_the_package(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"needs torch: pip install 'jdm\[torch\]'"):
+    with pytest.raises(Failure, match=r"needs torch: pip install 'jdm\[torch\]'"):
         convert.read(file)

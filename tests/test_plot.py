@@ -23,11 +23,11 @@ def test_png_round_trip_grey_and_rgb():
         np.testing.assert_array_equal(image[::10, ::10], picture)
 
 
-def test_a_column_for_each_class_with_its_first_images():
+def test_by_class_has_a_column_for_each_class():
     labels = np.array([2, 0, 2, -1, 0, 2])
     images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1) + 10
-    picture, said = plot.by_class(images, labels, rows=2)
+    picture, caption = plot.by_class(images, labels, rows=2)
     assert picture[::2, ::2, 0].tolist() == [[11, 10], [14, 12]]
-    assert said == "up to 2 images of each of 2 classes"
-    several, said = plot.by_class(images, np.stack([labels] * 2, axis=1), rows=2)
-    assert several[::2, ::2, 0].tolist() == [[10, 11], [12, 13]] and said == "the first 4 images"
+    assert caption == "up to 2 images of each of 2 classes"
+    several, caption = plot.by_class(images, np.stack([labels] * 2, axis=1), rows=2)
+    assert several[::2, ::2, 0].tolist() == [[10, 11], [12, 13]] and caption == "the first 4 images"

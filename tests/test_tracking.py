@@ -15,20 +15,20 @@ def test_rows_go_to_jsonl_and_tensorboard(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_resuming_takes_out_what_will_be_written_again(tmp_path):
+def test_resuming_removes_the_rows_of_later_steps(tmp_path):
     with MetricLog(tmp_path, 0, time.monotonic() - 100) as log:
         for step in (1, 2, 3):
             log.write(step, step, {"train/loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "ima')  # a kill in the middle of a line
+        file.write('{"step": 4, "ima')  # killed while writing a line
     with MetricLog(tmp_path, 2, time.monotonic()) as log:
         log.write(3, 3, {"train/loss": 30.0})
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["train/loss"] == 30.0
-    assert rows[-1]["seconds"] >= rows[1]["seconds"] >= 100  # counted over both starts
+    assert rows[-1]["seconds"] >= rows[1]["seconds"] >= 100  # of both runs
 
 
-def test_progress_in_plain_lines_where_there_is_no_terminal(capsys):
+def test_progress_prints_plain_lines_without_a_terminal(capsys):
     with Progress(10, "sampling", "images", done=4, every=0.0) as progress:
         progress.advance(3)
     err = capsys.readouterr().err

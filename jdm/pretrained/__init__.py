@@ -1,8 +1,8 @@
-"""The models that come with the package.
+"""The models that come with the package, and their names, which jdm.load takes.
 
-Owns where they are. Each is a work folder with one checkpoint, of weights in half precision and
-config alone, made by benchmarks/pretrained.py. jdm.load takes their names. Imports no JAX: the
-names stand in the help of the commands.
+Each is a work folder with one checkpoint: weights in half precision, and the config.
+benchmarks/pretrained.py trains and exports them. Imports no JAX, since the help of the commands
+lists the names.
 """
 
 from pathlib import Path
