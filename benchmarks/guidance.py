@@ -1,4 +1,4 @@
-"""What guidance costs: time and memory of one guided estimate, beside an unguided one.
+"""The cost of guidance: time and memory of a guided estimate of the noise and an unguided one.
 
     python benchmarks/guidance.py --checkpoint=digits
     python benchmarks/guidance.py --config=mnist
@@ -30,29 +30,31 @@ def main() -> None:
     cli.use_compilation_cache()
     import jax
 
-    from jdm import config as configs
-    from jdm.diffusion.guidance import DEFAULT_SCALES, GUIDANCE, guide
+    from jdm.config import load_config
+    from jdm.diffusion.guidance import GUIDANCE, guide
+    from jdm.diffusion.method import Method
     from jdm.diffusion.process import Diffusion
     from jdm.joint import load, make_network
-    from jdm.nn.model import JointModel
+    from jdm.nn.model import make_model
 
     if arguments.config:
-        config = configs.load(arguments.config, [])
-        model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
+        config = load_config(arguments.config)
+        model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     else:
         joint = load(arguments.checkpoint)
         model, diffusion, weights = joint.model, joint.diffusion, joint.weights
     rows, size = arguments.batch, model.image_size
     x = jax.random.normal(jax.random.key(0), (rows, size, size, model.image_channels))
     t = np.full(rows, diffusion.steps // 2, np.int32)
-    answers = model.num_classes * (2 if model.multi_label else 1)
-    targets = jax.nn.one_hot(np.arange(rows) % model.num_classes, answers)
+    width = model.num_classes * (2 if model.multi_label else 1)
+    targets = jax.nn.one_hot(np.arange(rows) % model.num_classes, width)
     if arguments.config:
         weights = jax.jit(model.init)(jax.random.key(1), x[:1], t[:1])
 
     def estimate(guidance, weights, x, t, targets):
         network = make_network(model, diffusion, weights)
-        return guide(network, diffusion, guidance, targets, DEFAULT_SCALES[guidance])(x, t).eps
+        method, scale = Method(guidance=guidance), GUIDANCE[guidance].default_scale
+        return guide(network, diffusion, method, targets, scale)(x, t).eps
 
     programs = {
         name: jax.jit(estimate, static_argnums=0).lower(name, weights, x, t, targets).compile()

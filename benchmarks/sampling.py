@@ -15,20 +15,20 @@ steps × guidance (× --options), with jdm.sample's defaults for all else, and w
 Protocol. Image i of every row has the seed --seeds + i and asks for class i modulo K. Images are
 made in batches of 64 and in rounds, a batch of each row a round, so that a machine that drifts does
 so for all; all is compiled before. The time of a row is the median of its first --repeats, from
-the call to pixels on the host; ratios are of such medians. The judge is fitted on the pixels of the
-training images and knows nothing of the network (jdm.analysis.metrics.Judge). The columns:
+the call to pixels on the host; ratios are of such medians. The reference classifiers are fitted on
+the pixels of the training images (jdm.analysis.metrics.ReferenceClassifiers). The columns:
 
     evaluations   how often the sampler asks for the estimate of the noise, guidance and all
     × …           how many times faster than that baseline
-    agreement     share of images that show the asked class: the lower of an SVC and the 1-NN
-    distance      Fréchet, of the judge's features to those of the training images. Fewer images
-                  are further away: where rows differ in number, compare those "of the first N"
+    agreement     share of images classified as their label: the lower of an SVC and the 1-NN
+    distance      Fréchet, of a perceptron's features to those of the training images. It is larger
+                  for fewer images: where rows differ in number, compare those "of the first N"
     neighbours    distance to the nearest training image over that of test images: mean (least)
-    variety       distance within a class over that of training images: mean (least class)
+    diversity     distance within a class over that of training images: mean (least class)
     target        40 times faster than the first two baselines and 3 times than the third, at an
                   agreement and a distance (of equally many) no worse than theirs
 
-The row "real" is the test images. Where no class is asked for, "-" stands for what depends on it.
+The row "real" is the test images. "-" stands where a column needs labels and the row has none.
 """
 
 import argparse
@@ -46,36 +46,37 @@ import numpy as np
 import jdm
 from jdm import cli, plot
 from jdm.analysis import metrics
-from jdm.data import DataError
-from jdm.data.splits import load_split
+from jdm.data.splits import ReadOptions, load_split
+from jdm.diffusion.method import OPTIONS, method_of
+from jdm.diffusion.samplers import SAMPLERS
+from jdm.errors import Failure
 from jdm.files import write_whole
+from jdm.names import check_name
 
 BATCH = 64
 CLIPPED, UNCLIPPED = dict(threshold="static"), dict(threshold="none")
-# Arguments of jdm.sample that this script gives, or that change what is measured: a classifier
-# would be read anew in every call.
-OF_A_ROW = ("labels", "seeds", "sampler", "steps", "guidance", "classifier", "noise", "film")
-OF_A_ROW += ("batch_size",)
+# Options of sampling that this script has flags for.
+OF_A_ROW = ("sampler", "steps", "guidance")
 TARGET = {"published": 40, "representation": 40, "ddim": 3}  # times faster than these baselines
 
 
 @dataclasses.dataclass
 class Row:
-    """A way to sample: the arguments of jdm.sample, and what came of them."""
+    """Options of sampling, and what was measured of them."""
 
     name: str
     settings: dict
-    count: int  # images that are judged
-    made: "list[jdm.Samples]" = dataclasses.field(default_factory=list)
+    count: int  # images that are scored
+    samples: "list[jdm.Samples]" = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def labels(self, numbers: np.ndarray, classes: int) -> np.ndarray | None:
-        """The classes that the images of these numbers are asked for, if any."""
+        """The labels of the images of these numbers, None without guidance."""
         return None if self.settings["guidance"] == "none" else numbers % classes
 
     def evaluations(self) -> int:
-        steps = self.settings["steps"]  # Heun's method asks twice in each but the last
-        return 2 * steps - 1 if self.settings["sampler"] == "heun" else steps
+        steps, each = self.settings["steps"], SAMPLERS[self.settings["sampler"]].evaluations
+        return each * steps - (each - 1)  # the last step of Heun's method has no corrector
 
 
 def baselines(total: int) -> dict[str, dict]:
@@ -88,15 +89,14 @@ def baselines(total: int) -> dict[str, dict]:
     }
 
 
-def make(joint: "jdm.Joint", rows: list[Row], first_seed: int, repeats: int) -> None:
+def fill(joint: "jdm.Joint", rows: list[Row], first_seed: int, repeats: int) -> None:
     """Compiles the rows, then fills them with batches and their times, round by round."""
-    from jdm.sampling import check
-    from jdm.sampling.make import maker
+    from jdm.sampling.generate import make_generator
 
     for row in rows:
         started, seeds = time.perf_counter(), np.arange(BATCH)
         labels = row.labels(seeds, joint.model.num_classes)
-        maker(joint, check(joint, labels=labels, seeds=seeds, **row.settings), BATCH)
+        make_generator(joint, request_of(joint, row, labels, seeds), BATCH)
         say(f"{row.name}: compiled in {time.perf_counter() - started:.1f} s")
     if any(row.settings["guidance"] != "none" for row in rows):
         # What is compiled at its first call, whatever the row: the probability of the label.
@@ -108,22 +108,31 @@ def make(joint: "jdm.Joint", rows: list[Row], first_seed: int, repeats: int) -> 
             labels = row.labels(numbers, joint.model.num_classes)
             batch = dict(labels=labels, seeds=first_seed + numbers, batch_size=BATCH)
             started = time.perf_counter()
-            row.made.append(jdm.sample(joint, **batch, **row.settings))
+            row.samples.append(jdm.sample(joint, **batch, **row.settings))
             row.seconds.append(time.perf_counter() - started)
         say(f"round {turn + 1} of {max(rounds)}: {time.perf_counter() - began:.1f} s")
 
 
-def figures(judge: metrics.Judge, train, test, fewest: int, images, labels) -> dict:
-    """What there is to say of uint8 images [N, H, W, C] that should show the labels, if any."""
-    known, features = judge.features(train[0]), judge.features(images)
-    asked = labels is not None
+def request_of(joint: "jdm.Joint", row: Row, labels, seeds):
+    """The checked request of a row. Raises InvalidValue."""
+    from jdm.sampling.request import check_request
+
+    return check_request(joint, method=method_of(None, row.settings), labels=labels, seeds=seeds)
+
+
+def figures(
+    classifiers: metrics.ReferenceClassifiers, train, test, fewest: int, images, labels
+) -> dict:
+    """The figures of uint8 images [N, H, W, C] that should show the labels, if there are any."""
+    known, features = classifiers.features(train[0]), classifiers.features(images)
+    labelled = labels is not None
     return {
         "images": len(images),
-        "agreement": judge.agreement(images, labels) if asked else None,
+        "agreement": classifiers.agreement(images, labels) if labelled else None,
         "distance": metrics.frechet_distance(known, features),
         "distance_of_first": metrics.frechet_distance(known, features[:fewest]),
         "neighbours": metrics.nearest_neighbour_ratio(train[0], test[0], images),
-        "variety": metrics.diversity_ratio(images, labels, *train) if asked else None,
+        "diversity": metrics.diversity_ratio(images, labels, *train) if labelled else None,
     }
 
 
@@ -165,7 +174,7 @@ def table(found: list[dict], fewest: int) -> str:
             "distance": f"{one['distance']:.3g}",
             **({f"of the first {fewest}": f"{one['distance_of_first']:.3g}"} if unequal else {}),
             "neighbours": pair(one["neighbours"]),
-            "variety": pair(one["variety"]),
+            "diversity": pair(one["diversity"]),
             "target": {True: "yes", False: "no", None: "-"}[one.get("target")],
         }
 
@@ -176,52 +185,45 @@ def table(found: list[dict], fewest: int) -> str:
 
 def real_images(config, name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The labelled images of a split, as the model takes them, and their labels."""
+    options = ReadOptions.of(config.data, config.model)
     images, labels = load_split(
-        name,
-        split,
-        data_dir,
-        size=config.model.image_size,
-        channels=config.model.image_channels,
-        classes=config.data.classes,
-        validation=config.data.validation,
-        cache_dir=config.data.cache_dir,
+        name, split, dataclasses.replace(options, data_dir=data_dir, workers=0)
     )
     if labels.ndim > 1:
-        raise ValueError(f"{name} gives an image several labels; the judge knows one")
+        raise ValueError(
+            f"{name} gives an image several labels; the reference classifiers know one"
+        )
     # Shuffled, so that the first so many of them stand for all.
     order = np.random.default_rng(0).permutation(np.flatnonzero(labels >= 0))
     return images[order], labels[order]
 
 
 def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
-    """The rows that are asked for; ValueError in one sentence for what cannot be."""
+    """The rows to measure. Raises ValueError for options that are not allowed."""
     from jdm.diffusion.guidance import GUIDANCE
-    from jdm.diffusion.process import pick
-    from jdm.diffusion.samplers import SAMPLERS
-    from jdm.sampling.request import check
 
     total, count = joint.diffusion.steps, flags.samples
     few = min(count, flags.quality_of_baselines or count)
     if few < 2 * joint.model.num_classes:
-        raise ValueError(f"{few} images are too few to judge; two of each class are needed")
+        raise ValueError(f"{few} images are too few to score; two of each class are needed")
     if flags.repeats < 1:
         raise ValueError(f"--repeats={flags.repeats} must be positive")
-    known = [name for name in jdm.sample.__kwdefaults__ if name not in OF_A_ROW]
+    known = [name for name in OPTIONS if name not in OF_A_ROW]
     rows = []
     for name in flags.baselines:
-        settings = baselines(total)[pick("--baselines", name, TARGET)]
+        settings = baselines(total)[check_name("--baselines", name, TARGET)]
         rows.append(Row(name, settings, few if settings["steps"] == total else count))
     guidances = flags.guidance or [name for name in GUIDANCE if name != "published"]
     every = (flags.samplers or SAMPLERS, flags.steps, guidances, flags.options or [{}])
     for sampler, steps, guidance, options in itertools.product(*every):
         for name in options:
-            pick("--options", name, known)
+            check_name("--options", name, known)
         name = [sampler, str(steps), guidance, *(f"{key}={options[key]}" for key in options)]
         settings = dict(sampler=sampler, steps=steps, guidance=guidance) | options
         rows.append(Row(" ".join(name), settings, count))
     for row in rows:
         seeds = [flags.seeds, flags.seeds + max(row.count, flags.repeats * BATCH) + BATCH]
-        check(joint, labels=row.labels(np.zeros(1, int), 1), seeds=seeds, **row.settings)
+        request_of(joint, row, row.labels(np.zeros(1, int), 1), seeds)
     if not rows:
         raise ValueError("--baselines and --steps leave nothing to measure")
     return rows
@@ -262,7 +264,7 @@ def main() -> None:
     add("--guidance", type=names, help="such as none,pixel (all but published)")
     add("--options", type=options, action="append", help="a JSON object; again for more rows")
     add("--baselines", type=names, default=",".join(TARGET), help="may be empty (%(default)s)")
-    add("--samples", type=int, default=1000, help="images that are judged (%(default)s)")
+    add("--samples", type=int, default=1000, help="images that are scored (%(default)s)")
     add("--quality-of-baselines", type=int, help="images of those of all T steps (--samples)")
     add("--seeds", type=int, default=3000, help="the first one (%(default)s)")
     add("--repeats", type=int, default=3, help="rounds that are timed (%(default)s)")
@@ -270,33 +272,30 @@ def main() -> None:
     cli.use_compilation_cache()  # before JAX is imported: why some imports, and names, wait
     import jax
 
-    from jdm.checkpoint import CheckpointError
-    from jdm.config import ConfigError
-
     try:
         joint = jdm.load(flags.checkpoint)
         rows, config = rows_of(flags, joint), joint.config
         data = (flags.data or config.data.name, flags.data_dir or config.data.dir)
         splits = [real_images(config, *data, split) for split in ("train", "test")]
         flags.out.mkdir(parents=True, exist_ok=True)
-        judge = metrics.Judge(*splits[0])
+        classifiers = metrics.ReferenceClassifiers(*splits[0])
         fewest = min(len(splits[1][0]), *(row.count for row in rows))
-        found = [{"name": "real", **figures(judge, *splits, fewest, *splits[1])}]
-    except (CheckpointError, ConfigError, DataError, OSError, ValueError) as error:
+        found = [{"name": "real", **figures(classifiers, *splits, fewest, *splits[1])}]
+    except (Failure, OSError, ValueError) as error:
         parser.error(str(error))
 
-    make(joint, rows, flags.seeds, flags.repeats)
+    fill(joint, rows, flags.seeds, flags.repeats)
     for row in rows:
-        images = np.concatenate([batch.images for batch in row.made])[: row.count]
+        images = np.concatenate([batch.images for batch in row.samples])[: row.count]
         labels = row.labels(np.arange(row.count), joint.model.num_classes)
         entry = {
             "name": row.name,
-            "settings": row.made[0].settings,
+            "settings": row.samples[0].settings,
             "evaluations": row.evaluations(),
             "seconds": statistics.median(row.seconds[: flags.repeats]),
             "timings": row.seconds,
         }
-        found.append(entry | figures(judge, *splits, fewest, images, labels))
+        found.append(entry | figures(classifiers, *splits, fewest, images, labels))
         picture = plot.png(plot.grid(images[:100], columns=10))
         write_whole(flags.out / f"{row.name.replace(' ', '_')}.png", picture)
     compare(found[1:])

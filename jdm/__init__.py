@@ -5,25 +5,29 @@
     samples = jdm.sample(joint, labels=[3, 3, 5], seeds=range(3), guidance="representation")
     jdm.classify(joint, samples.images)
 
-The names are imported when they are first used, so that `import jdm` takes no time.
+A name is imported when it is first used, so that `import jdm` takes no time.
 """
 
 import importlib
+from typing import Any
+
+__version__ = "0.2.0"
 
 _HOMES = {
-    "load": "jdm.joint",
-    "classify": "jdm.joint",
     "Joint": "jdm.joint",
-    "edit": "jdm.sampling",
-    "interpolate": "jdm.sampling",
-    "invert": "jdm.sampling",
-    "sample": "jdm.sampling",
-    "Samples": "jdm.sampling",
+    "classify": "jdm.joint",
+    "load": "jdm.joint",
+    "Method": "jdm.diffusion.method",
+    "Samples": "jdm.sampling.samples",
+    "sample": "jdm.sampling.sample",
+    "edit": "jdm.sampling.editing",
+    "interpolate": "jdm.sampling.editing",
+    "invert": "jdm.sampling.editing",
 }
-__all__ = ["Joint", "Samples", "classify", "edit", "interpolate", "invert", "load", "sample"]
+__all__ = list(_HOMES)  # noqa: PLE0605
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jdm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

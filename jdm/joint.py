@@ -1,7 +1,7 @@
-"""Joint: a trained joint model with its weights; what one holds in a notebook.
+"""Joint: a trained joint model with its weights.
 
-Owns loading, and the two questions everything else asks of a trained network: its estimate of the
-noise, and its logits. Does not train, sample or plot.
+Owns loading, and the two functions of a model that sampling and analysis use: the estimate of the
+noise, and the logits. Does not train, sample or plot.
 """
 
 import dataclasses
@@ -20,16 +20,19 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from jdm import checkpoint
-from jdm import config as configs
-from jdm.diffusion.guidance import Network, answers
+from jdm.config import config_from_dict, with_exec
+from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
+from jdm.errors import NO_VALUE, InvalidValue
 from jdm.mesh import local_mesh, replicated
-from jdm.nn.model import JointModel, check_shape
+from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
+from jdm.nn.unet import block_names
+from jdm.options import POSITIVE, Option
 from jdm.pretrained import PRETRAINED
 
 
 def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Network:
-    """The three functions that guidance and samplers see of a model with its weights."""
+    """A model and its weights as the functions that guidance and samplers call."""
 
     def apply(method, *args):
         return model.apply(weights, *args, method=method)
@@ -37,19 +40,31 @@ def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Netwo
     return Network(
         encode=functools.partial(apply, "encode"),
         decode=lambda features, x, t: diffusion.estimate(apply("decode", features, t), x, t),
-        log_probabilities=lambda features, t: answers(
+        log_probabilities=lambda features, t: log_probabilities_of(
             apply("classify", features, t), model.multi_label
         ),
+        block_names=block_names_of(model),
     )
 
 
-def judged_by(network: Network, judge: Network) -> Network:
-    """The network with the classifier of another one, which reads x_t by an encoder of its own."""
+def with_guidance_classifier(network: Network, classifier: Network) -> Network:
+    """The network with another one's classifier. `classifier` encodes x_t with its own encoder."""
     return Network(
-        encode=lambda x, t: (network.encode(x, t), judge.encode(x, t)),
+        encode=lambda x, t: (network.encode(x, t), classifier.encode(x, t)),
         decode=lambda features, x, t: network.decode(features[0], x, t),
-        log_probabilities=lambda features, t: judge.log_probabilities(features[1], t),
+        log_probabilities=lambda features, t: classifier.log_probabilities(features[1], t),
+        block_names=(network.block_names, classifier.block_names),
     )
+
+
+def block_names_of(model: JointModel) -> Any:
+    """The names of the model's representations, in the structure of its features."""
+    return block_names(len(model.multipliers), model.blocks)
+
+
+def image_shape(model: JointModel) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return (model.image_size, model.image_size, model.image_channels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -59,20 +74,16 @@ def _denoise(model, diffusion, weights, xt, t):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, weights, x, t):
+def logits_of(model, weights, x, t):
+    """See Joint.logits."""
     return model.apply(weights, model.apply(weights, x, t, method="encode"), t, method="classify")
 
 
-def answers_of(model: JointModel, weights: Any, x: Float[Array, "b h w c"], t: Int[Array, " b"]):
-    """Log-probabilities [B, M] of the model's answers, see guidance.answers."""
-    return answers(_logits(model, weights, x, t), model.multi_label)
-
-
 def digest(arrays: Iterable[Any]) -> str:
-    """A short name of what arrays hold."""
+    """16 hexadecimal digits that identify the contents of arrays."""
     found = hashlib.sha256()
     for array in arrays:
-        found.update(np.ascontiguousarray(array))
+        found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:16]
 
 
@@ -80,8 +91,8 @@ def digest(arrays: Iterable[Any]) -> str:
 class Joint:
     """A joint model, its diffusion and its weights.
 
-    config: the resolved config it was trained with. weights: {"params", "batch_stats"}, the moving
-    average of the parameters and of the head's running statistics ({} where it keeps none).
+    config: the config it was trained with. weights: {"params", "batch_stats"}: the EMA of the
+    parameters, and of the head's running statistics ({} for a head without them).
     """
 
     config: ConfigDict
@@ -96,54 +107,65 @@ class Joint:
     def logits(
         self, x: Float[Array, "b h w c"], t: Int[Array, " b"] | int = 0
     ) -> Float[Array, "b k"]:
-        """Logits [B, K] for x at noise level t. t = 0 is what "the class of an image" means."""
+        """Logits [B, K] for x at noise level t, in [0, T); clean images have t = 0."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x.shape[:1])
-        return _logits(self.model, self.weights, x, t)
+        return logits_of(self.model, self.weights, x, t)
 
     @property
     def params(self) -> Any:
-        """The parameters alone."""
         return self.weights["params"]
 
     @functools.cached_property
     def digest(self) -> str:
-        """A short name of the weights: what was made by the same ones can be told by it."""
+        """16 hexadecimal digits that identify the weights."""
         return digest(jax.tree.leaves(self.weights))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of its images."""
-        return (self.model.image_size, self.model.image_size, self.model.image_channels)
+        """(H, W, C)."""
+        return image_shape(self.model)
+
+    @property
+    def has_diffusion(self) -> bool:
+        """Whether the model was trained to generate."""
+        return "diffusion" in self.config.loss.terms
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the model was trained to classify."""
+        return "classifier" in self.config.loss.terms and self.config.loss.weight != 0
 
 
-def load(path: str | os.PathLike, step: int | None = None) -> Joint:
-    """The trained model in a work folder (or at <work folder>/checkpoints/<step>), or packaged.
+def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint:
+    """A trained model, from a work folder, one of its checkpoints, or the package.
 
-    path: a string that is the name of a packaged model (pretrained.PRETRAINED: "digits") means that
-    one; a work folder of the same name is "./digits". step: which checkpoint; the newest where none
-    is named. Reads weights and config only, and verifies their checksums. The weights are laid on
-    all devices of this host, as float32 where they were saved with fewer bits too.
+    path: a work folder, <work folder>/checkpoints/<step>, or the name of a packaged model
+    ("digits"; a work folder of that name is "./digits"). step: which checkpoint; None is the
+    newest. exec: values that replace those of the config's section exec, such as dtype="bfloat16".
+    Reads only the weights and the config, and verifies their checksums. The weights are replicated
+    on all devices of this host, as float32 even where the file has fewer bits.
 
-    Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one.
+    Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
+    InvalidValue for a wrong value of exec.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
             stacklevel=2,
         )
-    workdir = epath.Path(PRETRAINED.get(path, path))
+    workdir = epath.Path(PRETRAINED.get(path, path) if isinstance(path, str) else path)
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
         workdir, step = workdir.parent.parent, int(workdir.name)
     step = _newest(workdir) if step is None else step
-    config = configs.from_dict(checkpoint.read_config(workdir, step))
-    model, diffusion = JointModel(**config.model), Diffusion(**config.diffusion)
+    config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
+    model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     target = abstract_weights(model, replicated(local_mesh()))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     return Joint(config, model, diffusion, weights)
 
 
 def _newest(workdir: epath.Path) -> int:
-    """Its newest checkpoint's step; where there is none, the error tells of the packaged models."""
+    """The step of the newest checkpoint. Where there is none, the error lists packaged models."""
     try:
         return checkpoint.newest(workdir)
     except checkpoint.CheckpointError as error:
@@ -152,47 +174,55 @@ def _newest(workdir: epath.Path) -> int:
 
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes, dtypes and sharding of the model's {params, batch_stats}."""
+    """The model's {params, batch_stats} as shapes, dtypes and sharding."""
     check_shape(model)
-    x = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros((1,), jnp.int32))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))
     shapes = {"batch_stats": {}, **shapes}
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
-def opened(joint: "Joint | str | os.PathLike") -> Joint:
-    """The Joint itself, or the one at that path: every public function takes either."""
+def as_joint(joint: "Joint | str | os.PathLike") -> Joint:
+    """The Joint itself, or the one loaded from a path: public functions take either."""
     return joint if isinstance(joint, Joint) else load(joint)
 
 
-def named(joint: "Joint | str | os.PathLike | None") -> str | None:
-    """What to write down of a Joint that was given: its path, where that is what was given."""
+def name_of(joint: "Joint | str | os.PathLike | None") -> str | None:
+    """How settings name a model: by its path, where it was given as one."""
     if joint is None:
         return None
     return "a Joint" if isinstance(joint, Joint) else os.fspath(joint)
 
 
-def check_images(joint: Joint, images: Any) -> np.ndarray:
-    """Images [N, H, W, C] as the network takes them: uint8, or float32 in [-1, 1].
+def wrong_shape(verb: str, given: np.ndarray, shape: tuple[int, ...]) -> str:
+    """The rest of an error's sentence about arrays that are not [N, H, W, C] of the model."""
+    takes = ", ".join(map(str, shape))
+    return f"{verb} the shape {given.shape}; this model takes [N, H, W, C] = (N, {takes})"
 
-    Raises ValueError for another shape, dtype or range; warns where floats are never negative.
+
+def check_images(joint: Joint, images: Any, least: int = 0) -> np.ndarray:
+    """The images [N, H, W, C], checked: uint8, or float32 in [-1, 1]. least: the smallest N.
+
+    Raises InvalidValue for another number, shape, dtype or range; warns where no float is negative.
     """
     images = np.asarray(images)
+
+    def refuse(allowed: str):
+        raise InvalidValue("images", NO_VALUE, allowed)
+
     if images.ndim != 4 or images.shape[1:] != joint.image_shape:
-        raise ValueError(
-            f"images have the shape {images.shape}; this model takes [N, H, W, C] = "
-            f"(N, {', '.join(map(str, joint.image_shape))})"
-        )
+        refuse(wrong_shape("have", images, joint.image_shape))
+    if len(images) < least:
+        refuse(f"are {len(images) or 'none'}; there must be at least {least}")
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images have the dtype {images.dtype}; uint8 or float is allowed")
+        refuse(f"have the dtype {images.dtype}; uint8 or float is allowed")
     if images.size:
         low, high = float(images.min()), float(images.max())
         if not (low >= -1 and high <= 1):  # also where there is a NaN
-            raise ValueError(
-                f"float images range over [{low:g}, {high:g}]; they must lie in [-1, 1], or be "
-                "uint8 in [0, 255]"
+            refuse(
+                f"are floats that range over [{low:g}, {high:g}]; floats must lie in [-1, 1], or "
+                "images be uint8 in [0, 255]"
             )
         if low >= 0:
             warnings.warn(
@@ -206,20 +236,28 @@ def check_images(joint: Joint, images: Any) -> np.ndarray:
 def classify(
     joint: "Joint | str | os.PathLike", images: Any, *, batch_size: int = 256
 ) -> Float[np.ndarray, "n k"]:
-    """Class probabilities, float32 [N, K], of uint8 images [N, H, W, C], or floats in [-1, 1].
+    """Class probabilities, float32 [N, K]. Each row sums to 1; with a multi-label model each entry
+    is the probability of one attribute.
 
-    batch_size: how many go through the network at once. Rows sum to 1; of a multi-label model each
-    entry is the probability of its own class.
+    images: uint8 [N, H, W, C], or floats in [-1, 1]. batch_size: images in one forward pass.
 
-    Raises ValueError for images of another shape, dtype or range.
+    Raises InvalidValue for images of another shape, dtype or range.
     """
-    joint = opened(joint)
+    joint = as_joint(joint)
     images = check_images(joint, images)
-    probabilities, rows = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax, []
+    Option(256, "", POSITIVE).check("batch_size", batch_size)
+    probabilities = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax
+    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         pad = min(batch_size, len(images)) - len(batch)
         batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
-        x = pixels_to_float(jnp.asarray(batch)) if batch.dtype == np.uint8 else jnp.asarray(batch)
-        rows.append(np.asarray(probabilities(joint.logits(x)))[: len(batch) - pad])
-    return np.concatenate(rows) if rows else np.zeros((0, joint.model.num_classes), np.float32)
+        logits = joint.logits(to_floats(batch))
+        rows.append(np.asarray(probabilities(logits))[: len(batch) - pad])
+    return np.concatenate(rows)
+
+
+def to_floats(images: np.ndarray) -> Float[jax.Array, "n h w c"]:
+    """uint8 images, or floats in [-1, 1], as floats in [-1, 1]."""
+    x = jnp.asarray(images)
+    return pixels_to_float(x) if x.dtype == jnp.uint8 else x

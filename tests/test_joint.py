@@ -15,10 +15,10 @@ def joint(tiny):
 
 @pytest.fixture(scope="module")
 def images():
-    return load_split("digits", "test")[0][:10]
+    return load_split("digits", "test").images[:10]
 
 
-def test_load_takes_the_averages(tiny, joint):
+def test_load_takes_the_ema(tiny, joint):
     saved = checkpoint.restore(tiny, 4, weights=jax.tree.map(abstract, joint.weights))["weights"]
     jax.tree.map(np.testing.assert_array_equal, joint.weights, saved)
     assert joint.params is joint.weights["params"] and joint.weights["batch_stats"] == {}

@@ -1,11 +1,11 @@
-"""Large runs: to a file or folder, in parts that outlive an interruption, on one host or several.
+"""Large runs, which write their images in parts and can be interrupted, on one host or several.
 
-    x.npz.parts/request.json      what is made, by which weights, in parts of how many images
-    x.npz.parts/<first>.npz       a part, written whole
-    x.npz                         appears when all parts are there; then they are removed
+    x.npz.parts/request.json      the settings of the run, and the number of images in a part
+    x.npz.parts/<first>.npz       a part; <first> is the index of its first image
+    x.npz                         written when all parts are there; then the parts are removed
 
-Hosts (of one jax.distributed job, on a shared file system) take turns with the parts; the first of
-them puts the parts together.
+The hosts of one jax.distributed job share a file system and take turns with the parts; the first
+host joins them. A run that fits in one part is written without parts.
 """
 
 import io
@@ -19,43 +19,45 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jdm.errors import InvalidValue
 from jdm.files import write_whole
 from jdm.joint import Joint
-from jdm.sampling.make import Batch, joined, maker
+from jdm.sampling.generate import Batch, concatenate, make_generator
 from jdm.sampling.request import Request
 from jdm.sampling.samples import check_folder, check_format, differences, read_settings
 from jdm.tracking import Progress
 
-LEAST = 256  # images of a part, where a batch is not larger
+LEAST = 256  # the least number of images in a part, where a host has that many
 RECORD = "request.json"
 
 
 def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError where a run to this path would mix with another one.
+    """Raises InvalidValue where a run to this path would be mixed with another run, or lose one.
 
-    A file of that name is replaced, once the new one is whole, but for one of other settings that
-    was to be resumed; a folder only by the same settings.
+    An existing file may be replaced; with `resume` it must not have other settings. An existing
+    folder must hold samples of the same settings.
     """
+
+    def refuse(allowed: str, hint: str = ""):
+        raise InvalidValue("out", str(out), allowed, hint)
+
     if check_format(out) == "":
         check_folder(out, settings)
     elif out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a folder, and {out.suffix} a file")
+        refuse(f"is a folder, and {out.suffix} a file")
     parts, record = _parts(out), _parts(out) / RECORD
     if not record.is_file():
         held = read_settings(out) if resume else None
         if held is not None and (differing := differences(held, settings)):
-            raise ValueError(f"out={str(out)!r} is complete, and of other settings: {differing}")
+            refuse(f"is complete, and of other settings: {differing}")
         if not parts.exists() or all(path.name.startswith(RECORD) for path in parts.iterdir()):
-            return  # nothing, or what is left of a run that was cut off before its first part
-        raise ValueError(f"out={str(out)!r}: {parts} is in the way, and holds no interrupted run")
+            return  # no parts, or what is left of a run that stopped before its first part
+        refuse(f"cannot be written: {parts} is in the way, and holds no interrupted run")
     if not resume:
-        raise ValueError(
-            f"out={str(out)!r}: a run to it was interrupted; --resume continues it, and deleting "
-            f"{_parts(out)} forgets it"
-        )
-    differing = differences(json.loads(record.read_text())["settings"], settings)
-    if differing:
-        raise ValueError(f"out={str(out)!r}: the interrupted run had other settings: {differing}")
+        hint = f"--resume continues it, and deleting {parts} discards it"
+        refuse("has an interrupted run", hint)
+    if differing := differences(json.loads(record.read_text())["settings"], settings):
+        refuse(f"has an interrupted run of other settings: {differing}")
 
 
 def run(
@@ -67,58 +69,58 @@ def run(
     resume: bool = False,
     batch_size: int | None = None,
 ) -> bool:
-    """Makes the images of a request and writes them to out; whether there was anything to do.
+    """Generates the images of a request and writes them to `out`; False where all were there.
 
-    settings: see Request.settings. resume: goes on where an interrupted run to the same path
-    stopped.
+    settings: see Request.settings. resume: whether to continue an interrupted run to this path.
 
-    Raises ValueError as `check_out` does.
+    Raises InvalidValue as `check_out` does.
     """
     check_out(out, settings, resume)
-    _meet("all have looked at what is there")  # before the first of them writes anything
+    _barrier("all hosts have checked the output")  # before a host changes it
     hosts, host = jax.process_count(), jax.process_index()
-    if resume and not (_parts(out) / RECORD).is_file() and _complete(out, settings):
-        return False
-    count, record = len(request.seeds), _parts(out) / RECORD
+    parts, record = _parts(out), _parts(out) / RECORD
+    if resume and not record.is_file() and read_settings(out) is not None:
+        return False  # complete: `check_out` has compared the settings
+    count = len(request.seeds)
     share = -(-count // hosts)
     if record.is_file():
         share = min(share, json.loads(record.read_text())["part"])
-    print(f"compiling {_in_words(request)}", file=sys.stderr, flush=True)
-    rows, make = maker(joint, request.part(slice(0, share)), batch_size)
+    print(f"compiling {_summary(request)}", file=sys.stderr, flush=True)
+    rows, batches = make_generator(joint, request.part(slice(0, share)), batch_size)
+    each = rows * -(-min(LEAST, share) // rows)  # whole batches
+    if hosts == 1 and count <= each and not record.is_file():
+        with Progress(count, "sampling", "images") as progress:
+            concatenate(request, settings, list(batches(request, progress))).save(out)
+        return True
     if host == 0 and not record.is_file():
-        record.parent.mkdir(exist_ok=True)
-        each = rows * -(-min(LEAST, share) // rows)  # whole batches
+        parts.mkdir(exist_ok=True)
         write_whole(record, json.dumps({"settings": settings, "part": each}))
-    _meet("the parts are agreed on")
+    _barrier("the size of a part is agreed on")
     each = json.loads(record.read_text())["part"]
-    parts = {start: _parts(out) / f"{start:08}.npz" for start in range(0, count, each)}
-    mine = [start for i, start in enumerate(parts) if i % hosts == host]
-    sizes = {start: min(each, count - start) for start in mine}
-    for start in mine:
-        if parts[start].is_file() and not _opens(parts[start]):
-            parts[start].unlink()
-    done = sum(sizes[start] for start in mine if parts[start].is_file())
+    paths = {start: parts / f"{start:08}.npz" for start in range(0, count, each)}
+    ours = {start: path for i, (start, path) in enumerate(paths.items()) if i % hosts == host}
+    missing = {start: path for start, path in ours.items() if not _opens(path)}
+    sizes = {start: min(each, count - start) for start in ours}
+    done = sum(sizes[start] for start in ours.keys() - missing.keys())
     with Progress(sum(sizes.values()), "sampling", "images", done=done) as progress:
-        for start in mine:
-            if parts[start].is_file():
-                continue
+        for start, path in missing.items():
             part = request.part(slice(start, start + each))
-            made = joined(part, settings, list(make(part, progress)))
-            write_whole(parts[start], _packed(Batch(made.images, made.probabilities, made.film)))
-    _meet("all parts are there")
+            whole = concatenate(part, settings, list(batches(part, progress)))
+            write_whole(path, _packed(Batch(whole.images, whole.probabilities, whole.trajectory)))
+    _barrier("all parts are there")
     if host == 0:
-        joined(request, settings, [_unpacked(path) for path in parts.values()]).save(out)
-        for path in parts.values():
+        concatenate(request, settings, [_unpacked(path) for path in paths.values()]).save(out)
+        for path in paths.values():
             path.unlink()
-        record.unlink()  # last: parts without it would be anyone's
-        record.parent.rmdir()
-    _meet("the parts are put together")
+        record.unlink()  # last: parts without it belong to no run
+        parts.rmdir()
+    _barrier("the parts are joined")
     return True
 
 
-def _in_words(request: Request) -> str:
-    method, n = request.method, len(request.seeds)
-    guided = "" if method.guidance == "none" else f" under {method.guidance} guidance"
+def _summary(request: Request) -> str:
+    method, n = request.recipe.method, len(request.seeds)
+    guided = f" with guidance {method.guidance}" if request.targets.any() else ""
     return f"{method.sampler} in {method.steps} steps{guided}, for {n} image{'s' * (n > 1)}"
 
 
@@ -126,16 +128,10 @@ def _parts(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
-def _meet(where: str) -> None:
-    """Hosts wait for each other."""
+def _barrier(name: str) -> None:
+    """Waits until all hosts are here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
-def _complete(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether the images are there already. A .png or .gif does not say how it was made."""
-    held = read_settings(out)
-    return held is not None and not differences(held, settings)
+        multihost_utils.sync_global_devices(name)
 
 
 def _packed(batch: Batch) -> bytes:
@@ -146,11 +142,11 @@ def _packed(batch: Batch) -> bytes:
 
 def _unpacked(path: Path) -> Batch:
     with np.load(path) as saved:
-        return Batch(*(saved[name] if name in saved else None for name in Batch._fields))
+        return Batch(saved["images"], saved.get("probabilities"), saved.get("trajectory"))
 
 
 def _opens(path: Path) -> bool:
-    """Whether a part is as it was written; a disk that failed may have left less."""
+    """Whether a part is there and whole; a disk may have failed since it was written."""
     try:
         _unpacked(path)
     except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):

@@ -1,4 +1,4 @@
-"""Samples: generated images and how they were made; files of them."""
+"""Samples: generated images with their labels, seeds and settings, and the files they go to."""
 
 import dataclasses
 import io
@@ -14,22 +14,25 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8, UInt32
 
 from jdm import plot
+from jdm.errors import InvalidValue
 from jdm.files import write_whole
+from jdm.sampling.labels import label_text
 
 FORMATS = (".png", ".npz", ".gif")
 SETTINGS = "settings.json"
-CAPTIONED = 100  # images at most that are shown with captions
+CAPTIONED = 100  # a grid of more images has no captions
+PATHS = {"model", "checkpoint", "classifier"}  # the settings that are paths of models
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Generated images; shows itself as a grid in a notebook.
 
-    images: uint8 [N, H, W, C]. labels: what was asked for, or None: classes int32 [N] (-1 is
-    nothing), probabilities float32 [N, K], or attributes int8 [N, K] (-1 is not asked for). seeds:
-    [N]. probabilities: that the classifier sees what was asked for in the image, float32 [N], NaN
-    where nothing was; None without labels. film: the estimates of the images on the way, uint8
-    [steps, N, H, W, C], or None. settings: how they were made.
+    images: uint8 [N, H, W, C]. labels: classes int32 [N] (-1: no guidance), probabilities float32
+    [N, K], attributes int8 [N, K] (-1: not guided), or None. seeds: uint32 [N]. settings: the
+    options and models that generated them. probabilities: p(label | image) by the given classifier
+    or the model's own, float32 [N], NaN for an image without guidance; None without labels.
+    trajectory: the estimates of x0 at every step, uint8 [steps, N, H, W, C], or None.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
@@ -37,28 +40,26 @@ class Samples:
     seeds: UInt32[np.ndarray, " n"]
     settings: dict[str, Any]
     probabilities: Float[np.ndarray, " n"] | None = None
-    film: UInt8[np.ndarray, "s n h w c"] | None = None
+    trajectory: UInt8[np.ndarray, "s n h w c"] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the images to a file, or to a folder where the path has no ending.
+        """Writes the images to a .png, .gif or .npz, or to a folder where the path has no suffix.
 
-        .png: a grid. .gif: a grid that moves from noise to the images (sample with film=True).
-        .npz: arrays arr_0 (the images, as guided-diffusion's evaluator reads them), labels (-1:
-        none), seeds, probabilities and settings. A folder: a PNG of each image, samples.csv and
-        settings.json.
+        .png: a grid. .gif: a grid of the trajectory (sample with trajectory=True). .npz: the arrays
+        arr_0 (the images, as guided-diffusion's evaluator reads them), labels (-1: none), seeds,
+        probabilities and settings. A folder: a PNG of each image, samples.csv and settings.json.
 
-        The file or folder appears whole or not at all. Raises ValueError for another ending, a
-        .gif without a film, and a folder that holds anything but samples of the same settings.
+        The file or folder appears whole or not at all. Raises InvalidValue for another suffix, a
+        .gif without a trajectory, and a folder that holds anything but samples of these settings.
         """
-        path = Path(path)
-        ending = check_format(path)
-        if ending == "":
-            self._save_folder(path)
+        path, formats = Path(path), {".png": self._png, ".gif": self._gif, ".npz": self._npz}
+        if suffix := check_format(path):
+            write_whole(path, formats[suffix]())
         else:
-            write_whole(path, {".png": self._png, ".gif": self._gif, ".npz": self._npz}[ending]())
+            self._save_folder(path)
 
     def _npz(self) -> bytes:
         none = np.full(len(self), -1, np.int32)
@@ -78,15 +79,14 @@ class Samples:
         return none if self.probabilities is None else self.probabilities
 
     def _repr_png_(self) -> bytes:
-        """The grid, with what was asked for, and how sure the classifier is of it, below each."""
+        """The grid, with each image's label and its probability below the image."""
         if self.labels is None or len(self) > CAPTIONED:
             return self._png()
-        words = []
+        captions = []
         for label, probability in zip(self.labels, self._probabilities(), strict=True):
-            asked = _in_words(label)
             known = "" if np.isnan(probability) else f" {probability:.0%}"
-            words.append(asked + known)
-        return plot.captioned(self.images, words, self._columns())
+            captions.append(label_text(label) + known)
+        return plot.captioned(self.images, captions, self._columns())
 
     def _png(self) -> bytes:
         return plot.png(self._grid(self.images))
@@ -95,111 +95,105 @@ class Samples:
         return int(np.ceil(np.sqrt(len(self))))
 
     def _gif(self) -> bytes:
-        if self.film is None:
-            raise ValueError("a .gif shows the images on the way: sample with film=True")
-        return plot.gif([self._grid(images) for images in self.film])
+        if self.trajectory is None:
+            said = "has nothing to show; a .gif needs trajectory=True"
+            raise InvalidValue("trajectory", None, said)
+        return plot.gif([self._grid(images) for images in self.trajectory])
 
     def _grid(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "high wide c"]:
         return plot.grid(images, self._columns())
 
     def _save_folder(self, path: Path) -> None:
         check_folder(path, self.settings)
-        path = path.resolve()  # where a link leads, what it leads to is replaced
-        partial, before = _beside(path)
+        path = path.resolve()  # not the link, but the folder that it points to, is replaced
+        partial, previous = _beside(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         rows = ["file,seed,label,probability"]
         for i, image in enumerate(self.images):
             name = f"{i:06}.png"
             (partial / name).write_bytes(plot.png(image, least_width=1))
-            label = "" if self.labels is None else _in_words(self.labels[i])
+            label = "" if self.labels is None else label_text(self.labels[i])
             rows.append(f"{name},{self.seeds[i]},{label},{self._probabilities()[i]:.6g}")
         (partial / "samples.csv").write_text("\n".join(rows) + "\n")
         (partial / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
         if path.is_dir():
-            shutil.rmtree(before, ignore_errors=True)
-            path.rename(before)
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
         partial.rename(path)
-        if before.is_dir():
-            shutil.rmtree(before)
-
-
-def _in_words(label: np.ndarray | np.generic) -> str:
-    """ "3", "none", "3:0.7+5:0.3" or "3+!5": as --labels would have it."""
-    if label.ndim == 0:
-        return "none" if label < 0 else str(label)
-    if np.issubdtype(label.dtype, np.floating):
-        return "+".join(f"{k}:{label[k]:.2g}" for k in np.flatnonzero(label)) or "none"
-    return "+".join(f"{'' if label[k] else '!'}{k}" for k in np.flatnonzero(label >= 0)) or "none"
+        if previous.is_dir():
+            shutil.rmtree(previous)
 
 
 def check_format(path: str | os.PathLike) -> str:
-    """The ending of a file that Samples can be saved to, "" for a folder; ValueError for others."""
-    ending = Path(path).suffix
+    """The suffix of a path that Samples can be saved to, "" for a folder. Raises InvalidValue."""
+    suffix = Path(path).suffix
     if not Path(path).name:
-        raise ValueError(f"out={str(path)!r} must name a file or a folder")
-    if ending and ending not in FORMATS:
-        raise ValueError(
-            f"out={str(path)!r} must end in one of {', '.join(FORMATS)}, or be a folder"
-        )
-    return ending
+        raise InvalidValue("out", str(path), "must name a file or a folder")
+    if suffix and suffix not in FORMATS:
+        allowed = f"must end in one of {', '.join(FORMATS)}, or be a folder"
+        raise InvalidValue("out", str(path), allowed)
+    return suffix
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a folder is written until it is whole, and where the one it replaces waits for that."""
+    """The temporary paths of the new folder, until it is whole, and of the folder it replaces."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.before")
 
 
 def _foreign(folder: Path) -> str | None:
-    """The first name in a folder that is not of samples."""
+    """The first name in a folder that is not a file of samples."""
     names = {p.name for p in folder.iterdir()} - {SETTINGS, "samples.csv"}
     return min((name for name in names if not re.fullmatch(r"\d{6,}\.png", name)), default=None)
 
 
 def check_folder(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where a folder holds anything but samples of these settings."""
+    """Raises InvalidValue where a folder holds anything but samples of these settings."""
     out = path = path.resolve()
+
+    def refuse(allowed: str):
+        raise InvalidValue("out", str(out), allowed)
+
     if path.is_mount():
-        raise ValueError(f"out={str(out)!r} is where a disk is mounted; name a folder in it")
-    for other in _beside(path):  # what a run that was killed left is removed, and nothing else
+        refuse("is where a disk is mounted; name a folder in it")
+    partial, previous = _beside(path)
+    for other in (partial, previous):  # what a killed save left, which the next one removes
         if other.exists() and (not other.is_dir() or _foreign(other)):
-            raise ValueError(f"out={str(out)!r}: {other} is in the way, and holds no samples")
-    _, before = _beside(path)
-    if before.is_dir() and not path.exists():  # a save was killed between its two renames
-        path = before
+            refuse(f"cannot be written: {other} is in the way, and holds no samples")
+    if previous.is_dir() and not path.exists():  # a save was killed between its two renames
+        path = previous
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     held = read_settings(path)
     if held is None:
-        raise ValueError(f"out={str(out)!r} exists and holds no samples")
-    if foreign := _foreign(path):
-        raise ValueError(f"out={str(out)!r} holds {foreign}, which is not of its samples")
-    differing = differences(held, settings)
-    if differing:
-        raise ValueError(f"out={str(out)!r} holds samples of other settings: {differing}")
+        refuse("exists and holds no samples")
+    elif foreign := _foreign(path):
+        refuse(f"holds {foreign}, which is not one of its samples")
+    elif differing := differences(held, settings):
+        refuse(f"holds samples of other settings: {differing}")
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a folder of samples, or in an .npz of them; None in anything else."""
+    """The settings in a folder or .npz of samples; None where the path is neither."""
     try:
         if path.is_dir():
             held = json.loads((path / SETTINGS).read_text())
         else:
             with np.load(path) as saved:
                 held = json.loads(str(saved["settings"]))
-    except (EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # not ours
+    except (EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # not samples
         return None
     return held if isinstance(held, dict) else None
 
 
-def differences(held: dict[str, Any], asked: dict[str, Any]) -> str:
-    """ "steps: 10 -> 20, scale: 8.0 -> 4.0" of two settings; empty where they are the same.
+def differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """ "steps: 10 -> 20, scale: 8.0 -> 4.0" for two settings; "" where they are the same.
 
-    What models are called may differ, such as runs/a and runs/a/checkpoints/100: weights may not.
+    The paths of the models are not compared; the digests of their weights are.
     """
-    asked = json.loads(json.dumps(asked))
+    wanted = json.loads(json.dumps(wanted))
     return ", ".join(
-        f"{name}: {held.get(name)} -> {asked.get(name)}"
-        for name in sorted((held.keys() | asked.keys()) - {"model", "checkpoint", "classifier"})
-        if held.get(name) != asked.get(name)
+        f"{name}: {held.get(name)} -> {wanted.get(name)}"
+        for name in sorted((held.keys() | wanted.keys()) - PATHS)
+        if held.get(name) != wanted.get(name)
     )

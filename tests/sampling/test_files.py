@@ -15,7 +15,7 @@ from jdm import plot
 SETTINGS = {"steps": 3, "scale": 8.0, "blocks": ["mid"]}
 
 
-def made(**changes) -> jdm.Samples:
+def samples_of(**changes) -> jdm.Samples:
     rng = np.random.default_rng(0)
     values = dict(
         images=rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8),
@@ -23,13 +23,13 @@ def made(**changes) -> jdm.Samples:
         seeds=np.array([7, 2**32 - 1, 0, 1, 2], np.uint32),
         settings=SETTINGS,
         probabilities=np.array([0.5, 0.25, np.nan, 1, 0], np.float32),
-        film=rng.integers(0, 256, (3, 5, 8, 8, 3)).astype(np.uint8),
+        trajectory=rng.integers(0, 256, (3, 5, 8, 8, 3)).astype(np.uint8),
     )
     return jdm.Samples(**{**values, **changes})
 
 
 def test_npz_is_what_the_evaluator_of_guided_diffusion_reads(tmp_path):
-    samples = made()
+    samples = samples_of()
     samples.save(tmp_path / "x.npz")
     # As that evaluator does: the header of the member arr_0.npy, then its bytes in rows.
     with zipfile.ZipFile(tmp_path / "x.npz") as archive, archive.open("arr_0.npy") as member:
@@ -45,7 +45,7 @@ def test_npz_is_what_the_evaluator_of_guided_diffusion_reads(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_shows_the_images_side_by_side(channels, tmp_path):
-    samples = made(images=made().images[..., :channels], film=None)
+    samples = samples_of(images=samples_of().images[..., :channels], trajectory=None)
     samples.save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width >= 400
@@ -55,7 +55,9 @@ def test_png_shows_the_images_side_by_side(channels, tmp_path):
 
 
 def test_gif_goes_from_noise_to_the_images(tmp_path):
-    samples = made(film=np.stack([np.full((5, 8, 8, 3), v, np.uint8) for v in (0, 128, 255)]))
+    samples = samples_of(
+        trajectory=np.stack([np.full((5, 8, 8, 3), v, np.uint8) for v in (0, 128, 255)])
+    )
     samples.save(tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as film:
         assert film.n_frames == 3
@@ -64,13 +66,13 @@ def test_gif_goes_from_noise_to_the_images(tmp_path):
             film.seek(frame)
             shades.append(np.asarray(film.convert("L"))[0, 0])
     assert shades == [0, 128, 255]
-    with pytest.raises(ValueError, match="film=True"):
-        made(film=None).save(tmp_path / "y.gif")
+    with pytest.raises(ValueError, match="trajectory=True"):
+        samples_of(trajectory=None).save(tmp_path / "y.gif")
     assert not (tmp_path / "y.gif").exists()
 
 
 def test_a_folder_holds_every_image_what_was_asked_and_how(tmp_path):
-    samples = made()
+    samples = samples_of()
     samples.save(tmp_path / "x")
     with open(tmp_path / "x" / "samples.csv") as file:
         rows = list(csv.DictReader(file))
@@ -81,59 +83,59 @@ def test_a_folder_holds_every_image_what_was_asked_and_how(tmp_path):
         with Image.open(tmp_path / "x" / row["file"]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), image)
     assert json.loads((tmp_path / "x" / "settings.json").read_text()) == SETTINGS
-    made(labels=None, probabilities=None).save(tmp_path / "y")
+    samples_of(labels=None, probabilities=None).save(tmp_path / "y")
     assert ",7,,nan" in (tmp_path / "y" / "samples.csv").read_text()
 
 
 def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
-    made().save(tmp_path / "x")
-    made(images=made().images[:, ::-1]).save(tmp_path / "x")  # the same settings: again
+    samples_of().save(tmp_path / "x")
+    samples_of(images=samples_of().images[:, ::-1]).save(tmp_path / "x")  # the same settings: again
     with Image.open(tmp_path / "x" / "000000.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture), made().images[0, ::-1])
+        np.testing.assert_array_equal(np.asarray(picture), samples_of().images[0, ::-1])
     with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
-        made(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+        samples_of(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
     (tmp_path / "x" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes.txt, which is not of its samples"):
-        made().save(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which is not one of its samples"):
+        samples_of().save(tmp_path / "x")
     (tmp_path / "x" / "notes.txt").rename(tmp_path / "x" / "holiday.png")
-    with pytest.raises(ValueError, match=r"holds holiday.png, which is not of its samples"):
-        made().save(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"holds holiday.png, which is not one of its samples"):
+        samples_of().save(tmp_path / "x")
     assert (tmp_path / "x" / "holiday.png").read_text() == "mine"
     for content in ("[1]", "no JSON"):
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "settings.json").write_text(content)
         with pytest.raises(ValueError, match="exists and holds no samples"):
-            made().save(tmp_path / "other")
+            samples_of().save(tmp_path / "other")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="exists and holds no samples"):
-        made().save(tmp_path / "mine")
+        samples_of().save(tmp_path / "mine")
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ValueError, match="exists and holds no samples"):
-        made().save(tmp_path / "file")
+        samples_of().save(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "other", "x"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
 
 @pytest.mark.parametrize("beside", [".x.partial", ".x.before"])
 def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside, tmp_path):
-    made().save(tmp_path / "x")
+    samples_of().save(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / beside)  # whole, but for its name
-    made(images=made().images[:, ::-1]).save(tmp_path / "x")
-    made().save(tmp_path / "x")
+    samples_of(images=samples_of().images[:, ::-1]).save(tmp_path / "x")
+    samples_of().save(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     (tmp_path / beside).mkdir()
     (tmp_path / beside / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match=f"{beside} is in the way, and holds no samples$"):
-        made().save(tmp_path / "x")
+        samples_of().save(tmp_path / "x")
     assert (tmp_path / beside / "thesis.txt").read_text() == "all of it"
 
 
 def test_samples_that_a_killed_save_put_aside_are_not_lost_to_other_settings(tmp_path):
-    made().save(tmp_path / "x")
+    samples_of().save(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / ".x.before")
     with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
-        made(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+        samples_of(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
     assert len([*(tmp_path / ".x.before").glob("*.png")]) == 5
 
 
@@ -141,7 +143,7 @@ def test_where_a_link_leads_is_what_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "disk")
     for _ in range(2):
-        made().save(tmp_path / "x")
+        samples_of().save(tmp_path / "x")
     assert (tmp_path / "x").is_symlink() and len([*(tmp_path / "disk").glob("*.png")]) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "x"]
 
@@ -152,12 +154,12 @@ def test_where_a_link_leads_is_what_is_replaced(tmp_path):
 )
 def test_what_cannot_be_replaced_is_refused(path, said):
     with pytest.raises(ValueError, match=f"^out='{path}' {said}"):
-        made().save(path)
+        samples_of().save(path)
 
 
 def test_another_ending_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"must end in one of \.png, \.npz, \.gif, or be a folder"):
-        made().save(tmp_path / "x.jpg")
+        samples_of().save(tmp_path / "x.jpg")
     assert not list(tmp_path.iterdir())
 
 
@@ -177,22 +179,22 @@ def test_a_notebook_shows_what_was_asked_for_and_how_sure_the_classifier_is(
         plot, "captioned", lambda images, words, columns: shown.append(words) or b""
     )
     probabilities = np.array([0.873, np.nan], np.float32)
-    pair = dict(images=made().images[:2], seeds=made().seeds[:2], film=None)
-    made(labels=labels, probabilities=probabilities, **pair)._repr_png_()
+    pair = dict(images=samples_of().images[:2], seeds=samples_of().seeds[:2], trajectory=None)
+    samples_of(labels=labels, probabilities=probabilities, **pair)._repr_png_()
     assert shown == [[f"{words[0]} 87%", words[1]]]
 
 
 def test_the_picture_in_a_notebook_holds_the_images():
-    samples = made()
+    samples = samples_of()
     with Image.open(io.BytesIO(samples._repr_png_())) as picture:
         tile = np.asarray(picture)[6 : 6 + 72 : 9, 6 : 6 + 72 : 9]
     np.testing.assert_array_equal(tile, samples.images[0])
-    many = made(
+    many = samples_of(
         **{
             k: np.resize(getattr(samples, k), (101, *getattr(samples, k).shape[1:]))
             for k in ("images", "labels", "seeds", "probabilities")
         },
-        film=None,
+        trajectory=None,
     )
     with Image.open(io.BytesIO(many._repr_png_())) as picture:
         assert picture.width == (11 * 9 - 1) * 4  # without captions

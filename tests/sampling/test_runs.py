@@ -15,19 +15,17 @@ import numpy as np
 import pytest
 
 import jdm
-from jdm.sampling import check, runs
+from jdm.diffusion.method import Method, method_of
+from jdm.sampling import runs
+from jdm.sampling.request import check_request
 from jdm.sampling.samples import differences
 
 JDM = Path(sys.executable).with_name("jdm")
-ASKED = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
+REQUEST = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
 
 
 def command(tiny, out, *flags):
-    return [JDM, "sample", f"--checkpoint={tiny}", f"--out={out}", *ASKED, *flags]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    return ["sample", f"--checkpoint={tiny}", f"--out={out}", *REQUEST, *flags]
 
 
 def parts(out: Path) -> list[Path]:
@@ -45,7 +43,7 @@ def whole(joint):
 def killed(tiny, tmp_path_factory) -> Path:
     """A run that was killed after its first part: the path it was to write."""
     out = tmp_path_factory.mktemp("runs") / "x.npz"
-    process = subprocess.Popen(command(tiny, out), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([JDM, *command(tiny, out)], stderr=subprocess.DEVNULL)
     while not parts(out):
         assert process.poll() is None
         time.sleep(0.01)
@@ -54,23 +52,23 @@ def killed(tiny, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tiny, killed, whole, assert_same_images):
+def test_a_killed_run_is_resumed(run, tiny, killed, whole, assert_same_images):
     assert not killed.exists() and 1 <= len(parts(killed)) < 3
     first = parts(killed)[0]
     made = first.stat().st_mtime_ns
 
-    done = run(tiny, killed)
+    done = run(*command(tiny, killed))
     assert done.returncode == 2 and "--resume continues it" in done.stderr
-    done = run(tiny, killed, "--resume", "--scale=3")
+    done = run(*command(tiny, killed, "--resume", "--scale=3"))
     assert done.returncode == 2 and "other settings: scale: 8.0 -> 3.0" in done.stderr
     assert first.stat().st_mtime_ns == made and not killed.exists()
 
-    # What is there is not made again: a part that says otherwise would be believed.
+    # Parts that exist are not generated again: one with other images is kept as it is.
     with np.load(first) as saved:
         arrays = dict(saved)
     arrays["images"] = np.zeros_like(arrays["images"])
     np.savez(first, **arrays)
-    done = run(tiny, killed, "--resume")
+    done = run(*command(tiny, killed, "--resume"))
     assert done.returncode == 0, done.stderr
     assert "wrote 600 images" in done.stdout
     with np.load(killed) as saved:
@@ -81,9 +79,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, killed, whole, assert_same_
         settings = json.loads(str(saved["settings"]))
     assert settings["images"] == 600 and settings["checkpoint"] == str(tiny)
     assert [path.name for path in killed.parent.iterdir()] == ["x.npz"]
-    again = run(tiny, killed, "--resume")
+    again = run(*command(tiny, killed, "--resume"))
     assert again.returncode == 0 and "is complete already" in again.stdout
-    other = run(tiny, killed, "--resume", "--scale=3")
+    other = run(*command(tiny, killed, "--resume", "--scale=3"))
     assert other.returncode == 2 and "is complete, and of other settings: scale: 8" in other.stderr
 
 
@@ -96,14 +94,12 @@ def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     hosts = [
         subprocess.Popen(
-            command(
-                tiny,
-                out,
-                "--distributed",
-                f"--coordinator=localhost:{port}",
+            [
+                JDM,
+                *command(tiny, out, "--distributed", f"--coordinator=localhost:{port}"),
                 "--hosts=2",
                 f"--host={host}",
-            ),
+            ],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -125,17 +121,18 @@ def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
     "flags",
     [["--hosts=2"], ["--distributed", "--hosts=2", "--host=0"]],
 )
-def test_half_of_what_hosts_need_is_one_sentence(tiny, tmp_path, flags):
-    done = run(tiny, tmp_path / "x.npz", *flags)
+def test_flags_of_hosts_go_together(run, tiny, tmp_path, flags):
+    done = run(*command(tiny, tmp_path / "x.npz", *flags))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--coordinator, --hosts and --host go together" in done.stderr
+    assert "goes with --hosts, --host and --distributed" in done.stderr
 
 
-def test_a_part_that_does_not_open_is_made_again(joint, whole, tmp_path, assert_same_images):
-    request = check(joint, labels=np.arange(96) % 10, guidance="pixel", steps=4)
+def test_a_part_that_does_not_open_is_generated_again(joint, whole, tmp_path, assert_same_images):
+    method = Method(guidance="pixel", steps=4)
+    request = check_request(joint, labels=np.arange(96) % 10, method=method)
     settings, out, cut = request.settings(joint), tmp_path / "x.npz", []
 
-    def run():
+    def go_on():
         return runs.run(joint, request, settings, out, resume=True, batch_size=32)
 
     def cut_off(where):  # at the end, as a full disk would
@@ -144,14 +141,14 @@ def test_a_part_that_does_not_open_is_made_again(joint, whole, tmp_path, assert_
             raise OSError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_meet", cut_off)
+        patch.setattr(runs, "_barrier", cut_off)
         patch.setattr(runs, "LEAST", 32)
         with pytest.raises(OSError):
-            run()
+            go_on()
     assert len(cut) == 3
     cut[0].write_bytes(b"")
     cut[1].write_bytes(cut[1].read_bytes()[:-1000])
-    assert run()
+    assert go_on()
     with np.load(out) as saved:
         assert_same_images(saved["arr_0"], whole.images[:96])
 
@@ -160,7 +157,7 @@ def check_out(out, resume=False):
     runs.check_out(out, {"steps": 3}, resume)
 
 
-def test_parts_that_nobody_owns_up_to_are_not_taken_for_those_of_this_run(tmp_path):
+def test_parts_without_a_record_are_not_taken_for_those_of_this_run(tmp_path):
     check_out(tmp_path / "x.npz")
     (tmp_path / "x.npz.parts").mkdir()
     (tmp_path / "x.npz.parts" / "request.json.partial").write_text("{")
@@ -181,7 +178,11 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 
 def test_what_a_run_is_known_by(joint):
     def settings(joint, **options):
-        request = check(joint, **{"labels": [1], "guidance": "pixel", **options})
+        names = ("n", "labels", "seeds", "classifier")
+        given = {"labels": [1]} | {k: v for k, v in options.items() if k in names}
+        rest = {k: v for k, v in options.items() if k not in names}
+        method = method_of(None, {"guidance": "pixel"} | rest)
+        request = check_request(joint, method=method, **given)
         return request.settings(joint, checkpoint="runs/a")
 
     same = settings(joint)

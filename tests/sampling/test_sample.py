@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import jdm
+from jdm.diffusion.method import Method
 from jdm.mesh import local_mesh
 from jdm.sampling import programs
-from jdm.sampling.request import Method
+from jdm.sampling.request import Recipe
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [("ddim", "pixel"), ("ancestral", "none")])
@@ -70,11 +71,11 @@ def test_pixel_guidance_follows_the_classifier_it_is_given(joint, assert_same_im
     assert (found.images != own.images).any()
 
 
-def test_a_classifier_that_cannot_judge_is_refused(joint):
+def test_a_classifier_that_does_not_fit_is_refused(joint):
     longer = dataclasses.replace(joint, diffusion=dataclasses.replace(joint.diffusion, steps=100))
-    with pytest.raises(ValueError, match=r"^classifier knows the schedule \('linear', 100\); this"):
+    with pytest.raises(ValueError, match=r"^classifier has the schedule \('linear', 100\); this"):
         jdm.sample(joint, labels=[1], guidance="pixel", classifier=longer)
-    with pytest.raises(ValueError, match="^classifier goes with guidance='pixel', not with 'none'"):
+    with pytest.raises(ValueError, match="^classifier goes with guidance pixel, not 'none'"):
         jdm.sample(joint, classifier=joint)
 
 
@@ -144,7 +145,7 @@ def test_probabilities_are_those_of_the_finished_images(joint):
     assert jdm.sample(joint, 4, steps=4).probabilities is None
 
 
-def test_any_set_of_attributes_of_a_model_that_knows_several(joint, assert_same_images):
+def test_any_set_of_attributes_of_a_multi_label_model(joint, assert_same_images):
     several = dataclasses.replace(joint, model=joint.model.clone(multi_label=True))
     asked = np.full((4, 10), -1)
     asked[0, [2, 7]] = 1, 0
@@ -162,9 +163,9 @@ def test_any_set_of_attributes_of_a_model_that_knows_several(joint, assert_same_
     assert_same_images(samples.images[3], plain.images[3])
 
 
-def test_an_image_that_is_no_number_any_more_is_not_handed_out(joint):
+def test_an_image_that_is_not_finite_is_not_returned(joint):
     wild = dict(guidance="published", scale=1e38, threshold="none", steps=4)
-    with pytest.raises(FloatingPointError, match="^the image of seed 7 is not a number .* 1e.38"):
+    with pytest.raises(FloatingPointError, match="^the image of seed 7 is not finite; .* 1e.38"):
         jdm.sample(joint, labels=[None, 1], seeds=[5, 7], **wild)
 
 
@@ -235,9 +236,8 @@ def test_an_image_that_does_not_fit_is_one_sentence(monkeypatch):
 
 def test_a_program_accounts_for_more_memory_at_larger_batches(joint):
     def need(rows):
-        method = Method(steps=4)
-        mesh = local_mesh()
-        program = programs.generate(joint.model, None, joint.diffusion, method, mesh, rows)
+        recipe, mesh = Recipe(Method(steps=4)), local_mesh()
+        program = programs.compile_sampler(joint.model, None, joint.diffusion, recipe, mesh, rows)
         return programs.needed(program)
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(joint.weights))

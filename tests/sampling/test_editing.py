@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import jdm
+from jdm.diffusion.method import Method
 from jdm.mesh import local_mesh
 from jdm.sampling import programs
-from jdm.sampling.journey import _arc
-from jdm.sampling.request import Method
+from jdm.sampling.editing import _arc
 
 
 def test_the_arc_ends_where_it_should_and_is_as_long_all_the_way():
@@ -43,7 +43,7 @@ def test_the_ends_of_an_interpolation_are_the_images_of_its_seeds(joint, tiny, a
 
 
 def test_noise_that_is_given_takes_the_place_of_the_seeds_own(joint, assert_same_images):
-    from jdm.sampling.journey import _noise
+    from jdm.sampling.editing import _noise
 
     noise = np.asarray(_noise(joint.model, joint.diffusion, np.arange(4, dtype=np.uint32)))
     assert_same_images(
@@ -82,7 +82,9 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
     whole = jdm.invert(joint, images, steps=3, iterations=2)
     assert "at a time" not in capsys.readouterr().err
-    program = programs.invert(joint.model, joint.diffusion, Method(steps=3), 2, local_mesh(), 8)
+    program = programs.compile_inverter(
+        joint.model, joint.diffusion, Method(steps=3), 2, local_mesh(), 8
+    )
     monkeypatch.setattr(programs, "free_memory", lambda device: programs.needed(program) - 1)
     parts = jdm.invert(joint, images, steps=3, iterations=2)
     assert "8 images a device would need" in capsys.readouterr().err
@@ -92,23 +94,29 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda j, x: jdm.interpolate(j, (1, 2, 3)), "^seeds are 3; the way is between 2"),
+        (lambda j, x: jdm.interpolate(j, (1, 2, 3)), "^seeds are 3; interpolation is between 2"),
         (lambda j, x: jdm.interpolate(j, (1, 2), 1), "^n=1 must be at least 2"),
         (lambda j, x: jdm.interpolate(j, (1, -2)), "^seeds hold -2"),
-        (lambda j, x: jdm.interpolate(j, (1, 2), eta=1.0), "^sampler must be deterministic"),
-        (lambda j, x: jdm.interpolate(j, (1, 2), sampler="ancestral"), "^sampler must be determin"),
+        (lambda j, x: jdm.interpolate(j, (1, 2), eta=1.0), "^sampler='ddim' draws noise"),
+        (
+            lambda j, x: jdm.interpolate(j, (1, 2), sampler="ancestral"),
+            "^sampler='ancestral' draws noise",
+        ),
         (lambda j, x: jdm.interpolate(j, [[1, 2]]), "^seeds must be a list of whole numbers"),
         (lambda j, x: jdm.invert(j, x, iterations=0), "^iterations=0"),
         (lambda j, x: jdm.invert(j, x, steps=51), "^steps=51"),
         (lambda j, x: jdm.invert(j, x[..., :4, :, :]), "^images have the shape"),
         (lambda j, x: jdm.invert(j, x[:0]), "^images are none; there must be at least 1$"),
         (lambda j, x: jdm.edit(j, x[:0], [1]), "^images are none; there must be at least 1$"),
-        (lambda j, x: jdm.edit(j, x, [1], strength=0.0), r"^strength=0.0 must lie in \(0, 1\]"),
+        (
+            lambda j, x: jdm.edit(j, x, [1], strength=0.0),
+            "^strength=0.0 must be above 0 and at most 1",
+        ),
         (lambda j, x: jdm.edit(j, x, [1], strength=1.5), "^strength=1.5"),
         (lambda j, x: jdm.edit(j, x, [1], strength=0.5, steps=26), "^steps=26 .*are left, 25$"),
         (lambda j, x: jdm.edit(j, x, None), "^guidance='representation' needs labels"),
         (lambda j, x: jdm.edit(j, x.astype(int), [1]), "^images have the dtype int64"),
-        (lambda j, x: jdm.edit(j, x * 1.0, [1]), r"^float images range over \[0, 255\]"),
+        (lambda j, x: jdm.edit(j, x * 1.0, [1]), r"^images are floats that range over \[0, 255\]"),
     ],
 )
 def test_bad_requests_are_one_sentence(joint, call, said):
@@ -120,8 +128,8 @@ def test_bad_requests_are_one_sentence(joint, call, said):
 
 
 @pytest.mark.parametrize("name", ["total", "start", "labels", "step"])
-def test_what_is_no_option_of_a_journey_is_refused_as_python_does(joint, name):
-    said = rf"^interpolate\(\) got an unexpected keyword argument '{name}'$"
+def test_unknown_options_are_refused_as_python_does(joint, name):
+    said = f"unexpected keyword argument '{name}'$"
     with pytest.raises(TypeError, match=said):
         jdm.interpolate(joint, (1, 2), **{name: 3})
 

@@ -1,0 +1,97 @@
+"""`jdm.sample`: images of a trained model, one per seed."""
+
+import inspect
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jdm.diffusion.method import OPTIONS, Method, describe, method_of
+from jdm.errors import NO_VALUE, InvalidValue
+from jdm.joint import Joint, as_joint, name_of, wrong_shape
+from jdm.sampling.generate import generate
+from jdm.sampling.labels import Numbers
+from jdm.sampling.request import check_request
+from jdm.sampling.samples import Samples
+
+
+def takes_method_options(function: Callable) -> Callable:
+    """Adds the options of Method to a function's signature and, in place of the word OPTIONS, to
+    its docstring."""
+    signature = inspect.signature(function)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = {p.name for p in kept}
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in OPTIONS.items()
+        if name not in known
+    ]
+    function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    if function.__doc__:
+        lines = textwrap.indent(describe(known), "    ").strip()
+        function.__doc__ = function.__doc__.replace("OPTIONS", lines)
+    return function
+
+
+@takes_method_options
+def sample(
+    joint: Joint | str | os.PathLike,
+    n: int | None = None,
+    *,
+    labels: Numbers | None = None,
+    seeds: Numbers | None = None,
+    method: Method | None = None,
+    classifier: Joint | str | os.PathLike | None = None,
+    noise: np.ndarray | None = None,
+    trajectory: bool = False,
+    batch_size: int | None = None,
+    **options: Any,
+) -> Samples:
+    """Images of a trained model, one per seed.
+
+    joint: a Joint, or a path that `jdm.load` takes. n: the number of images N; None is the number
+    of seeds, or else of labels, or else 1.
+    labels: the targets of guidance, one for each image or one for all: classes in [0, K), with None
+    or -1 for an image without guidance; or probabilities [N, K] whose rows sum to 1. For a
+    multi-label model attributes [N, K]: 1 (on), 0 (off) or -1 (not guided).
+    seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T [N, H, W, C] to start from instead
+    of noise drawn from the seeds; noise of later steps is still drawn from them.
+    classifier: the guidance classifier: a model trained on the same noise levels; None is the
+    joint's own. trajectory: whether the estimates of x0 at every step are kept.
+    batch_size: the most images per device and call. Batches are smaller where memory requires it.
+    method: a Method. Its options can also be given as arguments, which take precedence:
+
+    OPTIONS
+
+    Raises InvalidValue (a ValueError), naming the argument, for a value that is not allowed;
+    MemoryError where not even one image for each device fits; FloatingPointError where an image is
+    not finite, which too large a scale can cause.
+    """
+    path, joint = name_of(joint), as_joint(joint)
+    if noise is not None:
+        noise = _check_noise(joint, noise)
+        n = len(noise) if n is None else n
+    request = check_request(
+        joint,
+        n,
+        labels=labels,
+        seeds=seeds,
+        method=method_of(method, options),
+        classifier=classifier,
+        trajectory=trajectory,
+        batch_size=batch_size,
+    )
+    if noise is not None:
+        request = request.starting("noise", noise)
+    return generate(joint, request, request.settings(joint, model=path), batch_size)
+
+
+def _check_noise(joint: Joint, noise: np.ndarray) -> np.ndarray:
+    noise = np.asarray(noise)
+    if noise.ndim != 4 or noise.shape[1:] != joint.image_shape:
+        raise InvalidValue("noise", NO_VALUE, wrong_shape("has", noise, joint.image_shape))
+    if not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
+        raise InvalidValue("noise", NO_VALUE, f"must be finite floats, not {noise.dtype}")
+    return noise.astype(np.float32)
