@@ -1,4 +1,8 @@
-"""The commands through a real subprocess: what they write, print and exit with."""
+"""The commands: what they write, print and exit with.
+
+A process takes seconds to start, so most tests `run` a command in this one. `start` is a real
+process, for what only a process can show.
+"""
 
 import io
 import json
@@ -16,12 +20,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import jdm
-from jdm.data.splits import load_split
+from jdm.data.splits import ReadOptions, load_split
 
 JDM = Path(sys.executable).with_name("jdm")
 
 
-def run(*argv, **kwargs):
+def start(*argv, **kwargs) -> subprocess.CompletedProcess:
+    """`jdm` with these arguments, in a process of its own."""
     return subprocess.run(
         [JDM, *map(str, argv)], capture_output=True, text=True, timeout=300, **kwargs
     )
@@ -33,9 +38,9 @@ def assert_one_sentence(done, status, said):
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_train_sample_eval(tmp_path):
+def test_train_sample_eval(run, tmp_path):
     workdir = tmp_path / "run"
-    done = run("train", "--config=tiny", f"--workdir={workdir}", "--config.train.steps=2")
+    done = start("train", "--config=tiny", f"--workdir={workdir}", "--config.train.steps=2")
     assert done.returncode == 0, done.stderr
     assert "compiling the training step" in done.stdout and "step 2" in done.stderr
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
@@ -76,9 +81,12 @@ def test_train_sample_eval(tmp_path):
     ("argv", "said"),
     [
         (["train", "--config=digits"], "--workdir"),
-        (["train", "--config=digit", "--workdir=w"], "--config=digit is unknown; known: digits"),
+        (["train", "--config=digit", "--workdir=w"], "--config='digit' is unknown; known: digits"),
         (["train", "--config=tiny", "--workdir=w", "--config.optim.lrr=1"], "optim.lr"),
-        (["train", "--config=tiny", "--workdir=w", "--config.train.steps=x"], "type int"),
+        (
+            ["train", "--config=tiny", "--workdir=w", "--config.train.steps=x"],
+            "config.train.steps='x' must be a whole number",
+        ),
         (
             ["train", "--config=tiny", "--workdir=w", "--config.diffusion.schedule=exp"],
             "config.diffusion.schedule='exp' is unknown; known: linear, linear_ddpm, cosine",
@@ -90,33 +98,45 @@ def test_train_sample_eval(tmp_path):
         ),
         (["train", "--config=tiny", "--workdir=w", "--dryrun"], "--dryrun"),
         (["train", "--config=tiny", "--workdir=w", "--config.train.steps"], "needs a value"),
-        (["train", "--config=tiny", "--workdir=w", "--config.model.attention=(3,)"], "asks for 3"),
-        (["sample", "--checkpoint=w", "--seeds=a-b"], "--seeds=a-b"),
-        (["sample", "--checkpoint=w", "--out=absent/x.png"], "--out=absent/x.png"),
-        (["sample", "--checkpoint=absent"], "--checkpoint=absent"),
+        (["train", "--config=tiny", "--workdir=w", "--config.model.attention=(3,)"], "contains 3, which"),
+        (["sample", "--checkpoint=w", "--seeds=a-b"], "--seeds='a-b' is not a list"),
+        (
+            ["sample", "--checkpoint=w", "--out=absent/x.png"],
+            "--out='absent/x.png' cannot be written",
+        ),
+        (["sample", "--checkpoint=absent"], "--checkpoint='absent' cannot be loaded: no"),
         (["sample", "--checkpoint=w", "--config.optim.lr=1"], "goes with --config"),
-        (["eval", "--checkpoint=absent"], "--checkpoint=absent"),
-        (["convert", "--from=x.pt", "--workdir=w"], "either --from, --config and --workdir, or"),
-        (["convert", "--from=x.pt", "--to=y.pt"], "either --from, --config and --workdir, or"),
-        (["convert", "--checkpoint=w", "--to=absent/x.pt"], "--to=absent/x.pt: the folder"),
+        (["eval", "--checkpoint=absent"], "--checkpoint='absent' cannot be loaded: no"),
+        (
+            ["convert", "--from=x.pt", "--workdir=w"],
+            "either --from, --config and --workdir, or",
+        ),
+        (
+            ["convert", "--from=x.pt", "--to=y.pt"],
+            "either --from, --config and --workdir, or",
+        ),
+        (
+            ["convert", "--checkpoint=w", "--to=absent/x.pt"],
+            "--to='absent/x.pt' cannot be written: the folder",
+        ),
         (
             ["convert", "--from=x.pt", "--config=tiny", "--workdir=w", "--config.model.head=x"],
             "config.model.head='x' is unknown",
         ),
         (
             ["convert", "--from=x.pt", "--config=reference/cifar10", "--workdir=w"],
-            "--from: x.pt is not a file",
+            "--from='x.pt' is not a file",
         ),
         (["samples"], "samples"),
         (["data"], "action"),
         (["data", "prepare", "minst"], "name='minst' is unknown; known: digits, mnist, "),
         (["data", "prepare", "folder:w"], "name='folder:w' is not a folder"),
         (["data", "prepare", "digits", "--size=0"], "--size=0 must be positive"),
-        (["data", "show", "digits", "--out=x.jpg"], "--out=x.jpg must end in .png"),
+        (["data", "show", "digits", "--out=x.jpg"], "--out='x.jpg' must end in .png"),
         (["data", "show", "digits", "--split=val"], "--split='val' is unknown; digits has train"),
     ],
 )
-def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
+def test_what_is_typed_wrong_is_one_sentence_and_status_2(run, argv, said, tmp_path):
     assert_one_sentence(run(*argv, cwd=tmp_path), 2, said)
     assert list(tmp_path.iterdir()) == []
 
@@ -128,32 +148,39 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(argv, said, tmp_path):
         (["--labels=3,10", "--guidance=pixel"], "--labels hold 10"),
         (["--guidance=dual", "--labels=1"], "--guidance='dual' is unknown; known: none, pixel,"),
         (["--labels=0-9", "--guidance=pixel", "--seeds=0-3"], "--labels are 10 for 4 seeds; at mo"),
-        (["--labels=3:0.5+4:x"], "--labels=3:0.5+4:x is not a list such as 0-9, 3,none,5,"),
+        (["--labels=3:0.5+4:x"], "--labels='3:0.5+4:x' is not a list such as 0-9, 3,none,5,"),
         (["--labels=3:0.5", "--guidance=pixel"], "--labels hold the probabilities"),
-        (["--labels=3+!5", "--guidance=pixel"], "--labels ask for a class to be off; this model"),
-        (["--labels=3:0.5+3:0.5"], "--labels=3:0.5+3:0.5 names a class twice in 3:0.5+3:0.5"),
-        (["--seeds=0-9999999999"], "--seeds=0-9999999999 holds 9999999999; it must be below 2**32"),
-        (["--seeds=9-5,0"], "--seeds=9-5,0 holds 9-5, which runs downwards"),
+        (["--labels=3+!5", "--guidance=pixel"], "--labels ask for a class to be off; an image has"),
+        (["--labels=3:0.5+3:0.5"], "--labels='3:0.5+3:0.5' names a class twice in 3:0.5+3:0.5"),
+        (["--seeds=0-9999999999"], "--seeds='0-9999999999' has 9999999999; it must be below 2**32"),
+        (["--seeds=9-5,0"], "--seeds='9-5,0' has the range 9-5, whose end is before its start"),
         (
             ["--labels=1", "--guidance=both", "--blocks=top"],
             "--blocks='top' is unknown; known: mid",
         ),
-        (["--steps=10,60"], "--steps=10,60 asks for 60 of the 25 times"),
+        (["--steps=10,60"], "--steps='10,60' asks for 60 of the 25"),
     ],
 )
-def test_bad_sampling_flags(tiny, flags, said, tmp_path):
+def test_bad_sampling_flags(run, tiny, flags, said, tmp_path):
     assert_one_sentence(run("sample", f"--checkpoint={tiny}", *flags, cwd=tmp_path), 2, said)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_config_in_the_folder(tiny, tmp_path):
+def test_python_m_jdm_is_the_command_and_knows_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "jdm", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"jdm {jdm.__version__}\n")
+
+
+def test_another_config_in_the_folder(run, tiny, tmp_path):
     workdir = shutil.copytree(tiny, tmp_path / "run")
     done = run("train", "--config=tiny", f"--workdir={workdir}", "--config.optim.b1=0.5")
     assert_one_sentence(done, 2, "optim.b1: 0.9 -> 0.5")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "half-written"])
-def test_a_damaged_checkpoint(tiny, tmp_path, damage):
+def test_a_damaged_checkpoint(run, tiny, tmp_path, damage):
     workdir = shutil.copytree(tiny, tmp_path / "run")
     folder = workdir / "checkpoints" / "4"
     files = [path for path in (folder / "weights").rglob("*") if path.is_file()]
@@ -172,11 +199,11 @@ def test_a_damaged_checkpoint(tiny, tmp_path, damage):
 
 def test_batch_that_does_not_divide_by_the_devices(tmp_path):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
-    done = run("train", "--config=tiny", "--workdir=w", cwd=tmp_path, env=env)
+    done = start("train", "--config=tiny", "--workdir=w", cwd=tmp_path, env=env)
     assert_one_sentence(done, 2, "data.batch_size=16 does not divide by the 3 devices")
 
 
-def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path):
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(run, tiny, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -188,7 +215,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path
         full = shutil.copytree(tiny, disk / "run")
         shutil.rmtree(full / "checkpoints" / "4")  # a run that stands at step 2
         (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - 200_000))
-        done = run("train", "--config=tiny", f"--workdir={full}")
+        done = start("train", "--config=tiny", f"--workdir={full}")
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith(f"jdm train: could not save {full}")
         assert sorted(p.name for p in (full / "checkpoints").iterdir()) == ["2"]
@@ -205,7 +232,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tiny, tmp_path
     "command",
     ["train", "sample", "eval", "convert", "data", "data list", "data prepare", "data show"],
 )
-def test_help_has_an_example(command):
+def test_help_has_an_example(run, command):
     done = run(*command.split(), "--help")
     assert done.returncode == 0 and f"example: jdm {command}" in " ".join(done.stdout.split())
 
@@ -242,7 +269,7 @@ def cifar10(photographs, tmp_path_factory) -> Path:
 SMALL = ("channels=8", "multipliers=(1,)", "blocks=1", "attention=()", "heads=2", "dropout=0.0")
 
 
-def test_cifar10_as_tfds_stores_it(cifar10, tmp_path):
+def test_cifar10_as_tfds_stores_it(run, cifar10, tmp_path):
     done = run("data", "list", f"--data_dir={cifar10}")
     rows = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()}
     assert rows["cifar10"] == "yes" and rows["cifar100"] == "no"
@@ -251,7 +278,7 @@ def test_cifar10_as_tfds_stores_it(cifar10, tmp_path):
     done = run("data", "show", "cifar10", f"--data_dir={cifar10}", f"--out={picture}")
     assert done.returncode == 0, done.stderr
     assert "up to 8 images of each of 10 classes" in done.stdout
-    images, labels = load_split("cifar10", "train", str(cifar10))
+    images, labels = load_split("cifar10", "train", ReadOptions(str(cifar10)))
     assert images.shape == (50_000, 32, 32, 3) and np.bincount(labels).tolist() == [5000] * 10
     with Image.open(picture) as drawn:
         scale = round(drawn.width / (10 * 33 - 1))
@@ -277,7 +304,7 @@ def test_cifar10_as_tfds_stores_it(cifar10, tmp_path):
     assert jdm.checkpoint.steps(workdir) == [1]
 
 
-def test_a_folder_of_ones_own(tiny, tmp_path):
+def test_a_folder_of_ones_own(run, tiny, tmp_path):
     """Prepared, shown, trained on, evaluated; and a model of other images is evaluated on it."""
     images, labels = load_split("digits", "validation")
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -306,7 +333,7 @@ def test_a_folder_of_ones_own(tiny, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["data"] == name
 
 
-def test_a_broken_image_is_named(tmp_path):
+def test_a_broken_image_is_named(run, tmp_path):
     for one in "ab":
         (tmp_path / "mine" / one).mkdir(parents=True)
         buffer = io.BytesIO()

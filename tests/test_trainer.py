@@ -3,21 +3,20 @@
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from jdm import checkpoint, trainer
-from jdm import config as configs
-from jdm.data import DataError
+from jdm.config import config_from_dict, load_config
+from jdm.errors import InvalidValue
 from jdm.joint import load
 from jdm.tracking import read_metrics
 
 
 def config_of(**sections):
-    config = configs.load("tiny")
+    config = load_config("tiny")
     with config.unlocked():
         for section, values in sections.items():
             config[section].update(values)
@@ -26,7 +25,7 @@ def config_of(**sections):
 
 def leaves(workdir, step):
     """Every array of a checkpoint, as saved."""
-    config = configs.from_dict(checkpoint.read_config(workdir, step))
+    config = config_from_dict(checkpoint.read_config(workdir, step))
     run = trainer.prepare(config, trainer.make_mesh())
     target = {
         "step": run.state.step,
@@ -91,7 +90,7 @@ def test_a_flipped_bit_costs_one_checkpoint_and_nothing_else(interrupted, tiny, 
         load(workdir, step=4)
     trainer.train(config_of(), workdir)
     out = capsys.readouterr().out
-    assert "set aside a damaged checkpoint" in out and "going on from step 2" in out
+    assert "set aside a damaged checkpoint" in out and "resuming from step 2" in out
     assert (workdir / "checkpoints" / "4.bad").is_dir()
     for (_, a), (_, b) in zip(leaves(workdir, 4), leaves(tiny, 4), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -107,7 +106,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 def test_a_folder_of_another_config_is_refused_by_key(interrupted):
     before = (interrupted / "config.json").read_bytes()
     other = config_of(optim=dict(lr=0.5), model=dict(channels=16), train=dict(steps=9))
-    with pytest.raises(configs.ConfigError) as info:
+    with pytest.raises(InvalidValue) as info:
         trainer.train(other, interrupted)
     said = str(info.value)
     assert "optim.lr: 0.001 -> 0.5" in said and "model.channels: 8 -> 16" in said
@@ -115,7 +114,7 @@ def test_a_folder_of_another_config_is_refused_by_key(interrupted):
     assert (interrupted / "config.json").read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     begin = trainer.begin
 
     def spoilt(*args):
@@ -131,7 +130,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, mon
     assert checkpoint.steps(tmp_path / "run") == []
 
 
-def test_averages_are_sums_over_counts_and_name_the_first_bad_step():
+def test_metrics_are_sums_over_counts_and_name_the_first_bad_step():
     def row(total, count):
         return {"loss": (np.float32(total), np.float32(count))}
 
@@ -180,18 +179,18 @@ def test_a_warm_start_with_another_head_says_what_is_new(source, capsys):
 @pytest.mark.parametrize(
     ("model", "path", "said"),
     [
-        ({}, "absent", "no checkpoint in "),
-        ({"channels": 16}, "source", "its network is another: unet/"),
+        ({}, "absent", "cannot be loaded: no checkpoint in "),
+        ({"channels": 16}, "source", "has another network: unet/"),
     ],
 )
 def test_a_warm_start_from_nowhere_is_one_sentence_before_any_work(
     source, tmp_path, model, path, said
 ):
     config = config_of(model=model, train=dict(init_from=str(tmp_path / path)))
-    with pytest.raises(configs.ConfigError) as info:
+    with pytest.raises(InvalidValue) as info:
         trainer.train(config, tmp_path / "run")
     sentence = str(info.value)
-    assert sentence.startswith(f"config.train.init_from='{tmp_path / path}': {said}")
+    assert sentence.startswith(f"config.train.init_from='{tmp_path / path}' {said}")
     assert "\n" not in sentence and not (tmp_path / "run").exists()
 
 
@@ -208,13 +207,7 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
     ("change", "said"),
     [
         (dict(model=dict(attention=(3,))), "model.attention"),
-        (dict(model=dict(num_classes=7)), "model.num_classes=7"),
-        (dict(model=dict(multi_label=True)), "model.multi_label=True does not fit .*'digits'"),
         (dict(model=dict(image_size=16)), "model.image_size=16"),
-        (dict(data=dict(classes=(1, 2, 3))), r"num_classes=10 .* which has 3 with .*\(1, 2, 3\)"),
-        (dict(data=dict(name="mnist")), "model.image_size=8 .*'mnist', which has 28 or 32"),
-        (dict(data=dict(name="folder:/absent")), "data.name='folder:/absent' is not a folder"),
-        (dict(data=dict(unlabelled="folder:/absent")), "'folder:/absent' is not a folder"),
         (dict(model=dict(multipliers=(1, 1, 1, 1, 1))), "does not divide by 16"),
         (dict(model=dict(heads=3)), "model.heads=3"),
         (dict(diffusion=dict(steps=15)), "diffusion.steps=15"),
@@ -222,23 +215,10 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
     ],
 )
 def test_parts_that_do_not_fit_are_one_sentence_before_anything_is_written(tmp_path, change, said):
-    with pytest.raises(configs.ConfigError, match=said) as info:
+    with pytest.raises(InvalidValue, match=said) as info:
         trainer.train(config_of(**change), tmp_path / "run")
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_config_that_the_data_page_shows_fits_its_folder(tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
-    (tmp_path / "pets.py").write_text(page.split("```python\n")[1].split("```")[0])
-    for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        (tmp_path / "pets" / name / "1.png").touch()
-    monkeypatch.chdir(tmp_path)
-    config = configs.load("pets.py")
-    assert trainer.prepare(config, trainer.make_mesh()).model.image_size == 64
-    with pytest.raises(DataError, match="run jdm data prepare folder:pets$"):
-        trainer.train(config, tmp_path / "run")
 
 
 def warnings_of(**sections) -> list[str]:
@@ -263,7 +243,7 @@ def test_what_does_not_mirror_is_no_warning(policy):
 def test_config_is_saved_beside_and_in_the_checkpoint(tiny):
     beside = json.loads((tiny / "config.json").read_text())
     assert beside == checkpoint.read_config(tiny, 4)
-    assert configs.from_dict(beside) == load(tiny).config == configs.load("tiny")
+    assert config_from_dict(beside) == load(tiny).config == load_config("tiny")
 
 
 def test_training_sees_the_share_of_the_labels_that_is_asked_for(tmp_path, monkeypatch, capsys):
@@ -287,25 +267,3 @@ def test_training_sees_the_share_of_the_labels_that_is_asked_for(tmp_path, monke
     assert (some >= 0).sum() == round(0.1 * count)
     said = f"training on {count:,} images, {round(0.1 * count)} of them labelled"
     assert said in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("labels", "multi_label", "said"),
-    [
-        (np.array([0, 3, -1]), False, "but the data hold the label 3"),
-        (np.array([0, -2, 1]), False, "but the data hold the label -2"),
-        (np.array([[0, 1, 1], [0, 2, -1]]), True, "but the data hold the label 2"),
-        (np.array([0, 1, 1]), True, r"needs labels of the shape \(3, 3\), but .* \(3,\)"),
-        (np.array([[0, 1], [1, 1]]), True, r"needs labels of the shape \(2, 3\), but .* \(2, 2\)"),
-        (np.array([[0, 1, 1]]), False, r"needs labels of the shape \(1,\), but .* \(1, 3\)"),
-    ],
-)
-def test_labels_the_model_cannot_learn_are_one_sentence(labels, multi_label, said):
-    asked = f"config.model.num_classes=3 with config.model.multi_label={multi_label}"
-    with pytest.raises(configs.ConfigError, match=f"^{asked}.*{said}$"):
-        trainer._check_labels(labels, 3, multi_label)
-
-
-def test_labels_are_those_of_the_model():
-    trainer._check_labels(np.array([0, 2, -1]), 3, False)
-    trainer._check_labels(np.array([[0, 1, -1]], np.int8), 3, True)

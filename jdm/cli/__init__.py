@@ -1,0 +1,85 @@
+"""The command `jdm`: its parser, and how errors are printed.
+
+Each command is a file of this folder, listed in COMMANDS, with its HELP, an EXAMPLE, `add_flags`
+and `run`. An error is printed as one sentence without a traceback. The exit status is 2 for a wrong
+flag or config key, and 1 for any other failure. Commands import JAX inside their functions, so that
+flags and configs are checked first.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import jdm
+from jdm.errors import NO_VALUE, Failure, InvalidValue
+
+COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints an error as one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command line; exits with its status where that is not 0."""
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [flag for flag in argv if flag.startswith("--config.")]
+    arguments = parser().parse_args([flag for flag in argv if flag not in overrides])
+    arguments.overrides = overrides
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        if overrides and not getattr(arguments, "config", None):
+            said = "goes with --config; a checkpoint has its config"
+            raise InvalidValue(overrides[0], NO_VALUE, said)
+        arguments.run(arguments)
+    except InvalidValue as error:
+        for line in error.details:
+            print(line)
+        name = error.parameter
+        _exit(arguments, error.sentence(f"--{name}" if name in arguments.flags else name), 2)
+    except (Failure, FloatingPointError, MemoryError, OSError) as error:
+        _exit(arguments, str(error), 1)
+    except KeyboardInterrupt:
+        _exit(arguments, "interrupted", 130)
+
+
+def _exit(arguments: argparse.Namespace, sentence: str, status: int) -> NoReturn:
+    print(f"jdm {arguments.full_name}: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. It sets `run`, the function of the chosen command, `full_name`,
+    its name, and `flags`, the names of its flags without dashes."""
+    whole = _Parser(prog="jdm", description="Joint diffusion models.", allow_abbrev=False)
+    whole.add_argument("--version", action="version", version=f"jdm {jdm.__version__}")
+    groups = {"": whole.add_subparsers(dest="command", required=True, metavar="command")}
+    for name in COMMANDS:
+        module = importlib.import_module(f"jdm.cli.{name.replace(' ', '_')}")
+        example, (group, _, last) = f"example: {module.EXAMPLE}", name.rpartition(" ")
+        if group not in groups:
+            text = importlib.import_module(f"jdm.cli.{group}").HELP
+            parent = groups[""].add_parser(group, help=text, description=text, epilog=example)
+            groups[group] = parent.add_subparsers(dest="action", required=True, metavar="action")
+        command = groups[group].add_parser(
+            last, help=module.HELP, description=module.HELP, epilog=example, allow_abbrev=False
+        )
+        module.add_flags(command)
+        flags = {flag.lstrip("-") for action in command._actions for flag in action.option_strings}
+        command.set_defaults(run=module.run, full_name=name, flags=flags)
+    return whole
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk; $JAX_COMPILATION_CACHE_DIR overrides the folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jdm" / "xla"
+    where = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if "jax" in sys.modules:  # JAX reads the environment only when it is imported
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", where)

@@ -1,0 +1,3 @@
+"""jdm data"""
+
+HELP = "Data sets: list, prepare or show."

@@ -1,0 +1,30 @@
+"""jdm data prepare"""
+
+import argparse
+
+from jdm.cli.shared import add_data_dir, check_size
+from jdm.errors import InvalidValue
+
+HELP = "Download a data set, or read a folder of images, and store it for training."
+EXAMPLE = "jdm data prepare cifar10; jdm data prepare folder:/path/of/images"
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("name", help="a name of jdm data list, or folder:/path")
+    text = "height and width in pixels to decode to (those of jdm data list; a folder has none)"
+    add("--size", type=int, help=text)
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    add_data_dir(command)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_size(arguments.size)
+    from jdm.data.prepare import prepare
+
+    options = dict(size=arguments.size, skip_broken=arguments.skip_broken)
+    try:
+        path = prepare(arguments.name, arguments.data_dir, **options)
+    except InvalidValue as error:
+        raise error.about("name") from error
+    print(f"{arguments.name} is prepared in {path}")

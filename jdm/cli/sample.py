@@ -1,0 +1,107 @@
+"""jdm sample"""
+
+import argparse
+
+from jdm.cli import use_compilation_cache
+from jdm.cli.shared import CHECKPOINT, check_parent, load_joint
+from jdm.diffusion.method import OPTIONS, help_of, method_of
+from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.sampling.labels import cycled, parse_labels, parse_numbers
+
+HELP = "Generate images."
+EXAMPLE = (
+    "jdm sample --checkpoint=runs/digits --seeds=0-63 --labels=0,1,2 --guidance=representation "
+    "--out=samples.png"
+)
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--checkpoint", required=True, help=CHECKPOINT)
+    add("--seeds", default="0-15", help="the seeds, one for each image: 0-63, or 1,5,9 (0-15)")
+    text = (
+        "repeated until there is one for each seed: classes 0,1,2; none for an image without "
+        "guidance; mixtures of classes 3:0.7+5:0.3; attributes on and off of a multi-label model "
+        "3+!5"
+    )
+    add("--labels", help=text)
+    for name in OPTIONS:
+        add(f"--{name}", help=help_of(name))
+    add("--classifier", help=f"the guidance classifier: {CHECKPOINT} (the model's own)")
+    text = "the most images per device and call (as many as are useful and fit in memory)"
+    add("--batch_size", type=int, help=text)
+    text = "a .png, a .gif of the trajectory, an .npz, or a folder of images (samples.png)"
+    add("--out", default="samples.png", help=text)
+    add("--resume", action="store_true", help="continue an interrupted run to the same --out")
+    text = (
+        "this process is one of several hosts that run the same command; needs the next three "
+        "flags, except on TPU pods and under Slurm"
+    )
+    add("--distributed", action="store_true", help=text)
+    add("--coordinator", help="host:port of the first host, such as 10.0.0.2:8476")
+    add("--hosts", type=int, help="the number of hosts")
+    add("--host", type=int, help="the number of this host, from 0")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    seeds = parse_numbers("seeds", arguments.seeds)
+    weights = None if arguments.labels is None else parse_labels(arguments.labels)
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    given = {
+        name: OPTIONS[name].read(name, text) for name, text in given.items() if text is not None
+    }
+    method = method_of(None, given)
+    out = check_parent("out", arguments.out)
+    _check_hosts(arguments)
+
+    use_compilation_cache()
+    _join_hosts(arguments)
+    from jdm.sampling import runs
+    from jdm.sampling.request import check_request
+    from jdm.sampling.samples import check_format
+
+    trajectory = check_format(out) == ".gif"
+    joint = load_joint("checkpoint", arguments.checkpoint)
+    classifier = arguments.classifier and load_joint("classifier", arguments.classifier)
+    model, n = joint.model, len(seeds)
+    labels = weights and cycled(weights, n, model.num_classes, model.multi_label)
+    try:
+        request = check_request(
+            joint,
+            labels=labels,
+            seeds=seeds,
+            method=method,
+            classifier=classifier or None,
+            trajectory=trajectory,
+            batch_size=arguments.batch_size,
+        )
+    except InvalidValue as error:
+        raise (error.about("checkpoint") if error.parameter == "joint" else error) from None
+    paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
+    settings = request.settings(joint, **paths)
+    options = dict(resume=arguments.resume, batch_size=arguments.batch_size)
+    done = runs.run(joint, request, settings, out, **options)
+    print(f"wrote {n} images to {out}" if done else f"{out} is complete already")
+
+
+def _check_hosts(arguments: argparse.Namespace) -> None:
+    given = (arguments.coordinator, arguments.hosts, arguments.host)
+    if any(flag is not None for flag in given) and (None in given or not arguments.distributed):
+        said = "goes with --hosts, --host and --distributed"
+        raise InvalidValue("coordinator", arguments.coordinator or NO_VALUE, said)
+    if arguments.hosts is not None and not 0 <= arguments.host < arguments.hosts:
+        allowed = f"must be one of the --hosts={arguments.hosts}, from 0"
+        raise InvalidValue("host", arguments.host, allowed)
+
+
+def _join_hosts(arguments: argparse.Namespace) -> None:
+    """With --distributed: connects this process with the other hosts; waits for them."""
+    if not arguments.distributed:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"the hosts could not connect: {reason}") from error

@@ -1,0 +1,54 @@
+"""What several commands share: flags, loading a model, and checks of flags."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jdm.errors import InvalidValue
+from jdm.pretrained import PRETRAINED
+
+if TYPE_CHECKING:
+    from jdm.joint import Joint
+
+CHECKPOINT = f"a work folder, one of its checkpoints, or a packaged model: {', '.join(PRETRAINED)}"
+
+
+def add_data_dir(command: argparse.ArgumentParser) -> None:
+    """The flag --data_dir."""
+    text = "the folder of prepared data ($TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    command.add_argument("--data_dir", default="", help=text)
+
+
+def add_config(command: argparse.ArgumentParser, required: bool) -> None:
+    """The flags --config and --config.SECTION.KEY."""
+    from jdm.config import config_names
+
+    add, text = command.add_argument, f"{', '.join(config_names())}, or the path of a .py file"
+    add("--config", required=required, help=text)
+    text = "override a value of the config"
+    add("--config.SECTION.KEY", dest="unused", metavar="VALUE", help=text)
+
+
+def load_joint(flag: str, path: str) -> "Joint":
+    """The model at the path that a flag names. Raises InvalidValue where it cannot be loaded."""
+    from jdm.checkpoint import CheckpointError
+    from jdm.joint import load
+
+    try:
+        return load(path)
+    except (CheckpointError, InvalidValue) as error:
+        raise InvalidValue(flag, path, f"cannot be loaded: {error}") from error
+
+
+def check_parent(flag: str, out: str) -> Path:
+    """The path of a file to write. Raises InvalidValue where its folder does not exist."""
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise InvalidValue(flag, out, f"cannot be written: the folder {path.parent} does not exist")
+    return path
+
+
+def check_size(size: int | None) -> None:
+    """Raises InvalidValue for a --size that is not positive."""
+    if size is not None and size < 1:
+        raise InvalidValue("size", size, "must be positive")

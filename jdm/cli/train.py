@@ -1,0 +1,29 @@
+"""jdm train"""
+
+import argparse
+from pathlib import Path
+
+from jdm.cli import use_compilation_cache
+from jdm.cli.shared import add_config
+from jdm.config import load_config
+from jdm.errors import InvalidValue
+
+HELP = "Train a joint model; the same command resumes."
+EXAMPLE = "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-4"
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    add_config(command, required=True)
+    command.add_argument("--workdir", required=True, help="the folder of checkpoints and metrics")
+    command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    workdir = Path(arguments.workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
+    use_compilation_cache()
+    from jdm import trainer
+
+    trainer.train(config, workdir, dry_run=arguments.dry_run)
