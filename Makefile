@@ -2,29 +2,41 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STARTED := $(shell date +%s)
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test lint clean
+.PHONY: help demo test check lint clean
 
-demo: .venv/installed
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: .venv/installed  ## install, train on real digits, sample, classify; into runs/demo
 	$(BIN)/python benchmarks/digits.py --workdir=runs/demo --started=$(STARTED)
 
-test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/installed-test  ## install, then the whole test suite
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-lint: .venv/installed-test
+check: lint  ## lint and the fast tests
+	$(PYTEST) -m "not slow" --dist load
+
+lint: .venv/installed-test  ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Python compiles a module when it is first imported; to compile all of them now takes longer.
+PIP := $(BIN)/pip install --quiet --no-compile
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(PIP) --editable .
 	touch $@
 
 # PyTorch is for the tests of jdm convert, at the version of constraints.txt.
-.venv/installed-test: .venv/installed constraints.txt
-	$(BIN)/pip install --quiet --editable '.[test,torch]' --constraint constraints.txt
-	touch $@
+.venv/installed-test: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable '.[test,torch]' --constraint constraints.txt
+	touch .venv/installed $@
 
-clean:
-	rm -rf .venv .cache build *.egg-info
+clean:  ## remove the environment and caches
+	rm -rf .venv .cache .mypy_cache build *.egg-info

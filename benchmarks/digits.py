@@ -1,11 +1,12 @@
-"""The digits from nothing to figures: train, classify the test split, sample, have it judged.
+"""The digits from nothing to figures: train, classify the test split, sample, score the samples.
 
     python benchmarks/digits.py --workdir=runs/digits [--seed=0]
 
 What `make demo` runs, and what docs/results.md was measured with. Protocol: config `digits`;
 accuracy on the test split (360 images). For each guidance, 500 samples, 50 of each class, with its
-default scale and the settings below, at seeds 1000 to 1499, which nothing was tuned on. The lower
-of two judges fitted on the training pixels counts (jdm.analysis.metrics).
+default scale and the settings below, at seeds 1000 to 1499, which nothing was tuned on. Of the two
+reference classifiers, fitted on the training pixels (jdm.analysis.metrics), the lower agreement
+counts.
 """
 
 import argparse
@@ -19,26 +20,27 @@ import numpy as np
 
 import jdm
 from jdm import cli, trainer
-from jdm import config as configs
 from jdm.analysis import metrics
-from jdm.analysis.evaluate import classification
-from jdm.data.splits import load_split
+from jdm.analysis.evaluators import EvaluationOptions, evaluate
+from jdm.config import load_config
+from jdm.data.splits import ReadOptions, load_split
 from jdm.files import write_whole
 from jdm.tracking import read_metrics
 
 GUIDANCE = ("representation", "pixel")
 SEEDS = range(1000, 1500)
-# A step that adds noise lets later steps mend what earlier ones got wrong.
+# Noise at every step lets later steps correct errors of earlier ones.
 SETTINGS = dict(sampler="ancestral", steps=10)
 
 
-def judge(samples: jdm.Samples, splits: dict) -> dict:
+def score(samples: jdm.Samples, splits: dict) -> dict:
     """The figures of guided samples."""
     train, test = splits["train"], splits["test"]
+    classifiers = metrics.ReferenceClassifiers(*train)
     return {
-        "class_agreement": metrics.class_agreement(*train, samples.images, samples.labels),
+        "class_agreement": classifiers.agreement(samples.images, samples.labels),
         "nearest_neighbour_ratio": metrics.nearest_neighbour_ratio(
-            train[0], test[0], samples.images
+            train.images, test.images, samples.images
         ),
         "diversity_ratio": metrics.diversity_ratio(samples.images, samples.labels, *train),
         "settings": samples.settings,
@@ -54,30 +56,29 @@ def main() -> None:
     workdir = arguments.workdir
 
     cli.use_compilation_cache()
-    config = configs.load("digits", [f"--config.seed={arguments.seed}"])
+    config = load_config("digits", [f"--config.seed={arguments.seed}"])
     trainer.train(config, workdir)
     joint = jdm.load(workdir)
-    splits = {name: load_split("digits", name, config.data.dir) for name in ("train", "test")}
+    options = ReadOptions(data_dir=config.data.dir)
+    splits = {name: load_split("digits", name, options) for name in ("train", "test")}
+    found = evaluate(joint, ["classification"], splits["test"], EvaluationOptions(360))
 
-    report = {
-        "train_seed": arguments.seed,
-        "test_accuracy": dict(classification(joint, *splits["test"], 360))["accuracy"],
-    }
+    report = {"train_seed": arguments.seed, "test_accuracy": dict(found)["accuracy"]}
     labels = np.arange(len(SEEDS)) % config.model.num_classes
-    judged = {}
+    scores = {}
     for guidance in GUIDANCE:
         samples = jdm.sample(joint, labels=labels, seeds=SEEDS, guidance=guidance, **SETTINGS)
-        judged[guidance] = judge(samples, splits)
+        scores[guidance] = score(samples, splits)
         picture = "samples.png" if guidance == GUIDANCE[0] else f"samples_{guidance}.png"
         first = slice(0, 100)
         jdm.Samples(
             samples.images[first], samples.labels[first], samples.seeds[first], samples.settings
         ).save(workdir / picture)
-    main_figures = judged[GUIDANCE[0]]
+    main_figures = scores[GUIDANCE[0]]
     report |= {
         "class_agreement": min(main_figures["class_agreement"].values()),
         "nearest_neighbour_ratio": main_figures["nearest_neighbour_ratio"]["mean"],
-        "guidance": judged,
+        "guidance": scores,
         "train_seconds": read_metrics(workdir)[-1]["seconds"],
         "total_seconds": round(time.time() - arguments.started, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -94,11 +95,11 @@ def say(report: dict, workdir: Path) -> None:
         neighbours, diversity = figures["nearest_neighbour_ratio"], figures["diversity_ratio"]
         print(
             f"{guidance} guidance, {len(SEEDS)} samples in {figures['settings']['steps']} steps\n"
-            f"  given the asked class  {agreement['svc']:.1%} by an SVC, "
+            f"  classified as asked    {agreement['svc']:.1%} by an SVC, "
             f"{agreement['1-nn']:.1%} by the nearest neighbour\n"
             f"  distance to the data   {neighbours['mean']:.2f} times that of real digits, "
             f"least {neighbours['least']:.2f}\n"
-            f"  variety in a class     {diversity['mean']:.2f} times that of real digits, "
+            f"  diversity in a class   {diversity['mean']:.2f} times that of real digits, "
             f"least {diversity['least']:.2f}"
         )
     print(
