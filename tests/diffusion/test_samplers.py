@@ -172,7 +172,8 @@ def test_the_network_sees_times_of_the_original_chain_and_no_others(draw, name, 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_the_trajectory_is_the_estimate_at_each_time_and_ends_with_the_image(name, steps):
-    diffusion, seen = Diffusion(100), []
+    # Few levels: the noisiest of 100 has sqrt(abar) = 1 / 280, which magnifies rounding in eps.
+    diffusion, seen = Diffusion(8), []
     eps_fn, start = gaussian_eps(diffusion), jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
     image, trajectory = walk(watched(eps_fn, seen), diffusion, start, steps, True, sampler=name)
     jax.effects_barrier()
@@ -180,8 +181,7 @@ def test_the_trajectory_is_the_estimate_at_each_time_and_ends_with_the_image(nam
     np.testing.assert_array_equal(trajectory[-1], image)
     corrected = seen[:: SAMPLERS[name].evaluations]  # without the predictor's x
     estimates = [diffusion.x0_from_eps(x, t, eps_fn(x, t).eps) for x, t in corrected]
-    # 1 / sqrt(abar) is 280 at the first time: a rounding error of 1e-7 in eps becomes 3e-5 in x_0.
-    np.testing.assert_allclose(trajectory, np.clip(estimates, -1, 1), atol=1e-4)
+    np.testing.assert_allclose(trajectory, np.clip(estimates, -1, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -240,7 +240,7 @@ PIXELS = st.floats(-1, 1, width=32, allow_subnormal=False)  # XLA flushes those 
 def test_dynamic_scales_each_image_that_leaves_the_range_by_itself(images, scales):
     images = images * scales
     clipped = np.asarray(dynamic(jnp.asarray(images)))
-    assert np.abs(clipped).max(initial=0) <= 1 + 1e-6  # XLA may divide as x * (1 / limit)
+    assert np.abs(clipped).max(initial=0) <= 1
     for before, after in zip(images, clipped, strict=True):
         most = np.quantile(np.abs(before), 0.995)
         if np.abs(before).max() <= 1:

@@ -27,10 +27,10 @@ SAMPLERS: dict[str, Sampler] = names.SAMPLERS.modules(__name__, "SAMPLER")
 
 
 def _dynamic(x0: Images) -> Images:
-    """Clips each image at the 99.5th percentile of |x_0|, or at 1 if that is larger, and divides it
-    by this limit. Saharia et al. 2022, section 2.3."""
+    """Divides each image by the 99.5th percentile of |x_0|, or by 1 if that is larger, and clips it
+    to [-1, 1]. Saharia et al. 2022, section 2.3."""
     limit = jnp.maximum(jnp.quantile(jnp.abs(x0), 0.995, axis=(1, 2, 3), keepdims=True), 1)
-    return jnp.clip(x0, -limit, limit) / limit
+    return jnp.clip(x0 / limit, -1, 1)  # in this order, since XLA may divide as x0 * (1 / limit)
 
 
 # How an estimate of x_0 is brought into [-1, 1]; None leaves it unchanged.
