@@ -58,19 +58,13 @@ def save(
 ) -> None:
     """Saves one step; returns when it is on disk under its final name.
 
-    Args:
-      workdir: the work folder; created if it does not exist.
-      step: training step, >= 0.
-      weights, train_state: pytrees of arrays, sharded or not.
-      config, data: values that JSON can represent. An item that is None is not saved: a converted
-        model has weights and a config only.
-      keep: how many steps to keep, >= 1. Once the new step is in place, all others but the `keep`
-        highest are deleted.
+    workdir: created if it does not exist. step: 0 or more. weights, train_state: pytrees of arrays,
+    sharded or not. config, data: values that JSON can represent. An item that is None is not saved:
+    a converted model has weights and a config only. keep: 1 or more; once the new step is in place,
+    all others but the `keep` highest are deleted.
 
-    Raises:
-      CheckpointError: the step exists already (a resumed run never needs to replace one), or
-        writing failed, for example because the disk is full. Earlier steps are unchanged.
-      InvalidValue: keep is below 1.
+    Raises CheckpointError where the step exists already (a resumed run never needs to replace one)
+    or writing fails, as on a full disk; earlier steps are unchanged. Raises InvalidValue for keep.
     """
     if keep < 1:
         raise InvalidValue("keep", keep, "must be 1 or more")
@@ -90,7 +84,6 @@ def save(
         with checkpointer() as writing:
             writing.save(partial, args=ocp.args.Composite(**args))
         if writer:
-            _drop_paths(partial)
             _seal(partial)
             partial.rename(final)
             _sync(folder)
@@ -106,8 +99,7 @@ def save(
                 _sweep(folder)
             except OSError as error:
                 raise CheckpointError(f"saved {final}, could not delete {old}: {error}") from error
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"jdm.checkpoint.save {step}")
+    multihost_utils.sync_global_devices(f"jdm.checkpoint.save {step}")
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -126,11 +118,7 @@ def items(workdir: epath.PathLike, step: int) -> set[str]:
 
 
 def newest(workdir: epath.PathLike) -> int:
-    """The highest step, which is not verified: what `jdm.load` reads by default.
-
-    Raises:
-      CheckpointError: there are no steps.
-    """
+    """The highest step, not verified. Raises CheckpointError where there are no steps."""
     found = steps(workdir)
     if not found:
         raise CheckpointError(_absent(_folder(workdir), "checkpoint"))
@@ -143,7 +131,7 @@ def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) 
     Damaged steps above it are set aside: renamed to `<step>.bad` (or `<step>.bad-2`, ..., if that
     name is taken) and reported through `log`, one line each.
     """
-    found = None
+    found = -1
     if jax.process_index() == 0:
         folder = _folder(workdir)
         for step in reversed(steps(workdir)):
@@ -158,24 +146,18 @@ def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) 
             else:
                 found = step
                 break
-    if jax.process_count() > 1:
-        sent = np.int32(-1 if found is None else found)
-        agreed = int(multihost_utils.broadcast_one_to_all(sent))
-        found = None if agreed < 0 else agreed
-    return found
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return None if found < 0 else found
 
 
 def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(HANDLERS)) -> None:
     """Compares a step's files with its checksums.
 
-    Args:
-      workdir, step: which step.
-      items: compare only the files of these items, and files that belong to no item. `jdm.load`
-        need not read the optimiser's state.
+    items: only the files of these items are compared, and files that belong to no item, so that
+    `jdm.load` need not read the optimiser's state.
 
-    Raises:
-      CheckpointError: a file is missing, differs from its checksum, or has none. Hidden files need
-        none: file managers and network file systems create them.
+    Raises CheckpointError where a file is missing, differs from its checksum, or has none. Hidden
+    files need none: file managers and network file systems create them.
     """
     root, items = _folder(workdir) / str(step), set(items)
     if not root.is_dir():
@@ -207,25 +189,19 @@ def restore(
     train_state: PyTree | None = None,
     widen: bool = False,
 ) -> dict[str, PyTree]:
-    """Verifies and restores the items that have a target; reads no other item.
+    """{item: pytree of arrays} of the items that have a target, verified; reads no other item.
 
-    Args:
-      workdir, step: which step.
-      weights, train_state: abstract targets, pytrees of `jax.ShapeDtypeStruct` whose shardings say
-        where each array is placed. They may differ from the shardings of the saved arrays.
-      widen: whether floats saved with fewer bits than their target's dtype are converted to it,
-        such as float16 to float32, which changes no value. Any other difference is an error.
+    weights, train_state: abstract targets, pytrees of `jax.ShapeDtypeStruct` whose shardings say
+    where each array is placed; those of the saved arrays may differ. widen: whether floats saved
+    with fewer bits than their target's dtype are converted to it, such as float16 to float32, which
+    changes no value. Any other difference is an error.
 
-    Returns:
-      {item: pytree of arrays, with the structure, dtypes and shardings of its target}.
-
-    Raises:
-      CheckpointError: the step is missing or damaged, or an item does not fit its target.
-      InvalidValue: a target has no sharding. (Orbax would use the devices of the job that saved,
-        which fails for any other number of devices.)
+    Raises CheckpointError where the step is missing or damaged, or an item does not fit its target.
+    Raises InvalidValue for a target without a sharding. (Orbax would use the devices of the job
+    that saved, which fails for any other number of devices.)
     """
-    given = {"weights": weights, "train_state": train_state}
-    targets = {item: target for item, target in given.items() if target is not None}
+    targets = {"weights": weights, "train_state": train_state}
+    targets = {item: target for item, target in targets.items() if target is not None}
     for item, target in targets.items():
         for path, leaf in leaves(target).items():
             if getattr(leaf, "sharding", None) is None:
@@ -316,18 +292,13 @@ def _digest(path: epath.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _drop_paths(root: epath.Path) -> None:
-    """Removes this machine's paths from Orbax's commit files, since a step may be published.
-
-    The files themselves stay: on object stores Orbax needs them to recognise a complete save.
-    """
-    for path in _walk(root):
-        if path.name == "commit_success.txt":
-            path.write_text("Checkpoint commit was successful\n")
-
-
 def _seal(root: epath.Path) -> None:
     """Writes the checksums and syncs all of `root`; data must reach the disk before the rename."""
+    for path in _walk(root):
+        # On object stores Orbax needs these files to recognise a complete save. They contain paths
+        # of this machine, which do not belong in a step that may be published.
+        if path.name == "commit_success.txt":
+            path.write_text("Checkpoint commit was successful\n")
     digests = {name: _digest(path) for name, path in sorted(_files(root).items())}
     (root / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
     for path in [*_walk(root), root]:
@@ -344,11 +315,12 @@ def _sync(path: epath.Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(folder: epath.Path) -> None:
-    """Removes what interrupted saves left, also Orbax's own `<step>.partial.orbax-...`."""
-    for path in folder.iterdir():
-        if ".partial" in path.name:
-            path.rmtree()
+def _sweep(folder: epath.Path) -> bool:
+    """Removes what interrupted saves left, also Orbax's `<step>.partial.orbax-...`; True if any."""
+    left = [path for path in folder.iterdir() if ".partial" in path.name]
+    for path in left:
+        path.rmtree()
+    return bool(left)
 
 
 def _sweep_failed(folder: epath.Path) -> None:
@@ -362,9 +334,7 @@ def _sweep_failed(folder: epath.Path) -> None:
         if clean == 2:
             return
         try:
-            left = any(".partial" in path.name for path in folder.iterdir())
-            _sweep(folder)
-            clean = 0 if left else clean + 1
+            clean = 0 if _sweep(folder) else clean + 1
         except OSError:
             clean = 0
         time.sleep(0.1)
