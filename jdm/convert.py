@@ -16,8 +16,8 @@ that a pickle may contain.
 import functools
 import importlib
 import io
+import itertools
 import json
-import os
 import pickle
 import re
 import warnings
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils.epath import PathLike
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -101,6 +102,7 @@ def _blocks(model: JointModel) -> Iterator[tuple[str, str, tuple]]:
     sizes = level_sizes(model.image_size, len(model.multipliers))
     last = len(sizes) - 1
     attends = [side in model.attention for side in sizes]
+    inputs, outputs = itertools.count(1), itertools.count()  # the file numbers blocks on each side
 
     def block(prefix, path, level):
         yield f"{prefix}.0", f"{path}/residual", RESIDUAL
@@ -109,30 +111,25 @@ def _blocks(model: JointModel) -> Iterator[tuple[str, str, tuple]]:
 
     def resample(prefix, path, name):
         inside = (name, "conv", "convolution")
-        yield prefix, path, RESIDUAL if model.resample == "resblock" else (inside,)
+        return prefix, path, RESIDUAL if model.resample == "resblock" else (inside,)
 
     yield "time_embed", "unet", TIME
     yield "input_blocks.0", "unet", (("0", "stem", "convolution"),)
-    count = 1
     for level in range(last + 1):
         for i in range(model.blocks):
-            yield from block(f"input_blocks.{count}", f"unet/encoder_{level}_{i}", level)
-            count += 1
+            yield from block(f"input_blocks.{next(inputs)}", f"unet/encoder_{level}_{i}", level)
         if level < last:
-            yield from resample(f"input_blocks.{count}.0", f"unet/down_{level}", "op")
-            count += 1
+            yield resample(f"input_blocks.{next(inputs)}.0", f"unet/down_{level}", "op")
     yield "middle_block.0", "unet/mid_in/residual", RESIDUAL
     yield "middle_block.1", "unet/mid_in/attention", ATTENTION
     yield "middle_block.2", "unet/mid_out/residual", RESIDUAL
-    count = 0
     for level in range(last, -1, -1):
         for i in range(model.blocks + 1):
-            prefix = f"output_blocks.{count}"
+            prefix = f"output_blocks.{next(outputs)}"
             yield from block(prefix, f"unet/decoder_{level}_{i}", level)
             if level > 0 and i == model.blocks:
                 place = 2 if attends[level] else 1
-                yield from resample(f"{prefix}.{place}", f"unet/up_{level - 1}", "conv")
-            count += 1
+                yield resample(f"{prefix}.{place}", f"unet/up_{level - 1}", "conv")
     yield "out", "unet", OUT
 
 
@@ -151,12 +148,9 @@ def entries(model: JointModel, head: bool) -> dict[str, Entry]:
     Raises InvalidValue where `head` is set and the model's head is not the published one.
     """
     if head and model.head != "published":
-        raise InvalidValue(
-            "config.model.head",
-            model.head,
-            "cannot be converted, only 'published' can",
-            "--without-head converts the weights without the head",
-        )
+        hint = "--without-head converts the weights without the head"
+        only = "cannot be converted, only 'published' can"
+        raise InvalidValue("config.model.head", model.head, only, hint)
     ours = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model)))
     blocks = [(HEAD_PREFIX, "head", HEAD)] if head else []
     found = {}
@@ -174,14 +168,11 @@ def entries(model: JointModel, head: bool) -> dict[str, Entry]:
 # Both ways ---------------------------------------------------------------------------------------
 
 
-def load_weights(
-    path: str | os.PathLike, config: ConfigDict, *, without_head: bool = False
-) -> dict[str, Any]:
+def load_weights(path: PathLike, config: ConfigDict, *, without_head: bool = False) -> dict:
     """The weights {"params", "batch_stats"} in a state_dict, as NumPy arrays.
 
-    path: a .pt or .safetensors file of weights or of their EMA. config: describes the network of
-    the file. without_head: the file has no classifier; a new head is initialised, with the config's
-    seed.
+    path: a .pt or .safetensors file of weights or of their EMA. config: of the file's network.
+    without_head: the file has no classifier; a new head is initialised, with the config's seed.
 
     Raises InvalidValue for a file that cannot be read, or that differs from the config in a name,
     shape or dtype (`details` lists all of them). Raises Failure without PyTorch.
@@ -199,11 +190,7 @@ def load_weights(
 
 
 def from_file(
-    path: str | os.PathLike,
-    config: ConfigDict,
-    workdir: str | os.PathLike,
-    *,
-    without_head: bool = False,
+    path: PathLike, config: ConfigDict, workdir: PathLike, *, without_head: bool = False
 ) -> None:
     """Converts a state_dict to a work folder: weights and config, as step 0. See `load_weights`.
 
@@ -213,12 +200,15 @@ def from_file(
     Raises InvalidValue as `load_weights` does, and for a folder that is not empty. Raises
     CheckpointError where the weights cannot be saved.
     """
-    check_workdir(workdir)
+    workdir = Path(workdir)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        taken = "exists and is not empty; a new folder is needed"
+        raise InvalidValue("workdir", str(workdir), taken)
     weights = load_weights(path, config, without_head=without_head)
     settings = config_to_dict(config)
     if without_head:
         settings["loss"]["terms"] = ("diffusion",)
-    with whole_folder(Path(workdir)) as folder:
+    with whole_folder(workdir) as folder:
         write_work_folder(folder, 0, weights, settings)
 
 
@@ -228,9 +218,7 @@ def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, A
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def to_file(
-    joint: Joint | str | os.PathLike, path: str | os.PathLike, *, without_head: bool = False
-) -> None:
+def to_file(joint: Joint | PathLike, path: PathLike, *, without_head: bool = False) -> None:
     """Converts the weights of a model, or of the one at that path, to a state_dict.
 
     path: ends in .pt or .safetensors. without_head: omits the classifier.
@@ -238,16 +226,14 @@ def to_file(
     Raises InvalidValue for another ending, and for a head that is not the published one. Raises
     CheckpointError where no model can be loaded, and Failure without PyTorch.
     """
-    file_format("to", path)  # checked before the model is loaded
+    encode = file_format("to", path).encode  # raises before the model is loaded
     joint = as_joint(joint)
-    write(path, state_dict(joint.model, jax.device_get(joint.weights), head=not without_head))
+    arrays = state_dict(joint.model, jax.device_get(joint.weights), head=not without_head)
+    write_whole(Path(path), encode(arrays))
 
 
 def state_dict(model: JointModel, weights: Any, head: bool = True) -> dict[str, np.ndarray]:
-    """{name in the file: array} of weights {"params", "batch_stats"}. head: include the classifier.
-
-    Raises InvalidValue where `head` is set and the model's head is not the published one.
-    """
+    """{name in the file: array} of weights {"params", "batch_stats"}; for `head` see `entries`."""
     ours = flatten_dict(weights)
     return {  # copies, since PyTorch needs contiguous and writable arrays
         name: np.array(entry.layout.theirs(np.asarray(ours[entry.path])), order="C")
@@ -281,16 +267,9 @@ def _initial_head(model: JointModel, seed: int) -> dict[tuple[str, ...], np.ndar
     @jax.jit
     def init(key):  # the compiler removes everything that the head does not need
         flat = flatten_dict(model.init(key, *example_inputs(model)))
-        return {"/".join(at): leaf for at, leaf in flat.items() if at[1] == "head"}
+        return {at: leaf for at, leaf in flat.items() if at[1] == "head"}
 
-    return {tuple(at.split("/")): np.asarray(x) for at, x in init(jax.random.key(seed)).items()}
-
-
-def check_workdir(workdir: str | os.PathLike) -> None:
-    """Raises InvalidValue where a conversion cannot create this work folder."""
-    path = Path(workdir)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InvalidValue("workdir", str(path), "exists and is not empty; a new folder is needed")
+    return jax.device_get(init(jax.random.key(seed)))
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -299,11 +278,11 @@ def check_workdir(workdir: str | os.PathLike) -> None:
 class FileFormat(NamedTuple):
     """How a state_dict {name: array} is read from a file, and encoded as its content."""
 
-    read: Callable[[str | os.PathLike], dict[str, np.ndarray]]
+    read: Callable[[PathLike], dict[str, np.ndarray]]
     encode: Callable[[dict[str, np.ndarray]], bytes]
 
 
-def file_format(parameter: str, path: str | os.PathLike) -> FileFormat:
+def file_format(parameter: str, path: PathLike) -> FileFormat:
     """The format of a file, by its ending. Raises InvalidValue for an ending not in FORMATS."""
     ending = Path(path).suffix
     if ending not in FORMATS:
@@ -311,7 +290,7 @@ def file_format(parameter: str, path: str | os.PathLike) -> FileFormat:
     return FORMATS[ending]
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: PathLike) -> dict[str, np.ndarray]:
     """{name: array} of a state_dict on disk, in its order.
 
     Raises InvalidValue for a file that is missing, damaged, contains code or is not a state_dict;
@@ -320,8 +299,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     read_file = file_format("from", path).read
     if not Path(path).is_file():
         raise InvalidValue("from", str(path), "is not a file")
-    with open(path, "rb"):
-        pass  # a file that cannot be opened is an OSError; it is not damaged
+    open(path, "rb").close()  # a file that cannot be opened is an OSError; it is not damaged
     try:
         return read_file(path)
     except (InvalidValue, Failure, MemoryError):
@@ -336,11 +314,6 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except Exception as error:
         problem = f"is damaged or not a state_dict: {str(error) or type(error).__name__}"
         raise InvalidValue("from", str(path), problem.split("\n")[0]) from error
-
-
-def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a state_dict; the file appears whole or not at all."""
-    write_whole(Path(path), file_format("to", path).encode(arrays))
 
 
 def _import(name: str) -> Any:
