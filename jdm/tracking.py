@@ -3,6 +3,7 @@
 Owns the files of metrics in a work folder. Computes no metrics.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -13,31 +14,22 @@ from tqdm import tqdm
 
 from jdm.files import write_whole
 
+METRICS = "metrics.jsonl"
 
-class Progress:
+
+class Progress(contextlib.AbstractContextManager):
     """A progress bar with rate and time left; without a terminal, a line each `every` seconds.
 
     total, done: the count at the end and at the start. unit: of the counts, in the plural.
     """
 
     def __init__(self, total: int, label: str, unit: str, done: int = 0, every: float = 10.0):
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=label,
-            unit=f" {unit}",
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-            delay=2,
-        )
+        shown = dict(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
+        self._bar = tqdm(**shown, file=sys.stderr, disable=not sys.stderr.isatty(), delay=2)
         self._label, self._unit, self._total = label, unit, total
         self._done = self._first = done
         self._started = self._printed = time.monotonic()
         self._every = every
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._bar.close()
@@ -51,17 +43,15 @@ class Progress:
             rate = (self._done - self._first) / (now - self._started)
             left = (self._total - self._done) / rate
             self._printed = now
-            self.say(
-                f"{self._label}: {self._done}/{self._total} {self._unit}, "
-                f"{rate:.3g} {self._unit}/s, {left:.0f} s left"
-            )
+            counts = f"{self._label}: {self._done}/{self._total} {self._unit}"
+            self.say(f"{counts}, {rate:.3g} {self._unit}/s, {left:.0f} s left")
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; above the bar, where there is one."""
         self._bar.write(line, file=sys.stderr)
 
 
-class MetricLog:
+class MetricLog(contextlib.AbstractContextManager):
     """metrics.jsonl and the TensorBoard events of a work folder; one row for each logged step.
 
     step: the step that the run resumes from. Later rows, of an interrupted run, are removed: these
@@ -71,16 +61,13 @@ class MetricLog:
     def __init__(self, workdir: str | os.PathLike, step: int, started: float):
         from tensorboardX import SummaryWriter
 
+        path = Path(workdir) / METRICS
         rows = [row for row in read_metrics(workdir) if row["step"] <= step]
-        path = _metrics_path(workdir)
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._before = rows[-1]["seconds"] if rows else 0.0
         self._started = started
         self._file = path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=step + 1)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._file.close()
@@ -96,15 +83,11 @@ class MetricLog:
             self._events.add_scalar(name, value, step)
 
 
-def _metrics_path(workdir: str | os.PathLike) -> Path:
-    return Path(workdir) / "metrics.jsonl"
-
-
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
     """The rows of a work folder's metrics.jsonl; [] where there is none.
 
     An incomplete last line, left by a full disk or a killed run, is skipped.
     """
-    path = _metrics_path(workdir)
+    path = Path(workdir) / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
