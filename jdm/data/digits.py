@@ -4,9 +4,10 @@ Owns the TFDS builder of scikit-learn's copy of the UCI handwritten digits, and 
 scikit-learn contains the images, so preparing them needs neither a network nor TensorFlow.
 
     pixel = round(v · 255 / 16),  v in {0, ..., 16}
-    train 1,257 | validation 180 | test 360   images (70 | 10 | 20 %), stratified by class, fixed
+    train | validation | test: 70 | 10 | 20 %, stratified by class, fixed
 """
 
+import functools
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from jdm.data.datasets import DATASETS
 
@@ -33,22 +35,10 @@ def split_indices(labels: Int[np.ndarray, " n"]) -> dict[str, Int[np.ndarray, " 
     """
     from sklearn.model_selection import train_test_split
 
-    sizes = DATASETS["digits"].splits
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=sizes["test"], stratify=labels, random_state=0
-    )
-    train, validation = train_test_split(
-        rest, test_size=sizes["validation"], stratify=labels[rest], random_state=0
-    )
+    sizes, split = DATASETS["digits"].splits, functools.partial(train_test_split, random_state=0)
+    rest, test = split(np.arange(len(labels)), test_size=sizes["test"], stratify=labels)
+    train, validation = split(rest, test_size=sizes["validation"], stratify=labels[rest])
     return {"train": train, "validation": validation, "test": test}
-
-
-def _png(image: UInt8[np.ndarray, "8 8 1"]) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0]).save(file, format="PNG")
-    return file.getvalue()
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -78,4 +68,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             # Encoded bytes: TFDS would need TensorFlow to encode an array.
-            yield i, {"image": _png(image), "label": int(label)}
+            file = io.BytesIO()
+            Image.fromarray(image[..., 0]).save(file, format="PNG")
+            yield i, {"image": file.getvalue(), "label": int(label)}

@@ -75,9 +75,8 @@ def check_not_empty(
     train, evaluated: the labels of the training images and of the split config.eval.split.
     """
     if not len(train) or not (evaluated >= 0).any():
-        others = (
-            f"{len(evaluated):,} images to evaluate on (config.eval.split={evaluation.split!r})"
-        )
+        split = f"(config.eval.split={evaluation.split!r})"
+        others = f"{len(evaluated):,} images to evaluate on {split}"
         leaves = f"leaves {len(train):,} images to train on, and {others}"
         hint = "training needs images, and evaluation needs labelled images"
         raise InvalidValue("config.data.validation", data.validation, leaves, hint)

@@ -13,7 +13,6 @@ import hashlib
 import os
 from pathlib import Path
 
-from jdm.data.datasets import Dataset
 from jdm.errors import InvalidValue
 from jdm.names import FOLDER
 
@@ -38,20 +37,6 @@ class Listing:
     fingerprint: str
 
 
-def facts(path: str) -> Dataset:
-    """The facts about a folder as a data set. Raises InvalidValue as `listing` does."""
-    found = listing(path)
-    return Dataset(
-        FOLDER + path,
-        sizes=(),
-        channels=0,
-        num_classes=len(found.classes),
-        flips=True,
-        splits={split: len(files) for split, files in found.files.items()},
-        module="jdm.data.folder_builder",
-    )
-
-
 @functools.lru_cache(maxsize=4)
 def listing(path: str) -> Listing:
     """Lists a folder. Raises InvalidValue where it is not a folder of two or more classes."""
@@ -74,8 +59,7 @@ def listing(path: str) -> Listing:
     files: dict[str, list[tuple[str, int]]] = {}
     ignored, total, digest = 0, 0, hashlib.sha256()
     for split, folder in folders.items():
-        unknown = sorted(set(_folders(folder)) - set(classes))
-        if unknown:
+        if unknown := sorted(set(_folders(folder)) - set(classes)):
             raise invalid(f"has the class {unknown[0]!r} in {split}, but not in train")
         files[split] = []
         for label, name in enumerate(classes):

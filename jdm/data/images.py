@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jdm.data import DataError
 from jdm.data.decoding import decode, decoders
-from jdm.data.labels import Labels
+from jdm.data.labels import Labels, Rows
 
 Pixels = UInt8[np.ndarray, "n h w c"]
 BLOCK = 64  # images that are handed to a decoder at once
@@ -60,13 +60,16 @@ class EncodedImages:
         return {**vars(self), "_records": None}
 
 
+Images = Pixels | EncodedImages
+
+
 class Selection:
     """Rows of one or more splits, one after the other, as an array [N, S, S, C]; copies no image.
 
     parts: (images of a split, the rows to take from it).
     """
 
-    def __init__(self, parts: Sequence[tuple[np.ndarray | EncodedImages, np.ndarray]]):
+    def __init__(self, parts: Sequence[tuple[Images, Rows]]):
         # np.asarray, because rows of an np.memmap are gathered more slowly.
         self._parts = [
             (images if isinstance(images, EncodedImages) else np.asarray(images), kept)

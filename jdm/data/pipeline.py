@@ -23,11 +23,11 @@ from absl import flags
 from jaxtyping import Int
 
 from jdm.data import DataError
-from jdm.data.images import EncodedImages, Pixels, Selection
+from jdm.data.images import Images, Pixels, Selection
 from jdm.data.labels import Labels, random_order
 
 Batch = dict[str, np.ndarray]
-PixelSource = Pixels | EncodedImages | Selection
+PixelSource = Images | Selection
 
 
 @functools.lru_cache(maxsize=2)  # most batches lie in one epoch or in two
@@ -66,7 +66,7 @@ class _HostBatches:
         return {"image": self._images[rows], "label": self._labels[rows]}
 
 
-class TrainBatches:
+class TrainBatches(Iterator[Batch]):
     """An endless iterator of batches whose position can be saved and restored.
 
     workers: the number of processes that read batches ahead; 0 uses threads of this process.
@@ -76,9 +76,6 @@ class TrainBatches:
         self._source, self._workers = source, workers
         self._close = lambda: None
         self.set_state({"next_index": 0})
-
-    def __iter__(self) -> "TrainBatches":
-        return self
 
     def __next__(self) -> Batch:
         batch = next(self._ahead)

@@ -37,40 +37,34 @@ class Records:
     """
 
     def __init__(self, facts: Dataset, split: str, data_dir: str = ""):
-        self.facts, self._data_dir = facts, data_dir
+        self._facts, self._data_dir = facts, data_dir
         builder = prepared(facts, data_dir)
         self.path = Path(builder.data_path)
         # <root>/<name>/<version>, or <root>/folder/<configuration>/<version>
-        self.root = self.path.parents[2 if self.facts.is_folder else 1]
-        with _damage(self.facts, self.path, self._data_dir):
+        self.root = self.path.parents[2 if facts.is_folder else 1]
+        with self._damage():
             import tensorflow_datasets as tfds
             from tensorflow_datasets.proto import tf_example_pb2
 
-            self._source = builder.as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._source = builder.as_data_source(split, deserialize_method=raw)
             # Not the decoders of TFDS, which take longer than reading the record.
             self._parse = tf_example_pb2.Example.FromString
-            if self.facts.multi_label:
+            if facts.multi_label:
                 names = builder.info.features["attributes"]
                 self._labels = [f"attributes/{name}" for name in names]
-            expected = self._expected(split)
-            if expected is not None and len(self._source) != expected:
-                raise ValueError(f"{len(self)} images in {split} instead of {expected}")
-
-    def _expected(self, split: str) -> int | None:
-        """The number of records; None for a folder, whose broken images may be left out."""
-        sizes = self.facts.splits
-        if self.facts.is_folder:
-            return None
-        return sum(sizes.values()) if self.facts.from_train else sizes[split]
+            if not facts.is_folder:  # whose broken images may be left out
+                sizes = facts.splits
+                expected = sum(sizes.values()) if facts.from_train else sizes[split]
+                if len(self) != expected:
+                    raise ValueError(f"{len(self)} images in {split} instead of {expected}")
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The records of these rows. Reading many at once is much faster than one by one."""
-        with _damage(self.facts, self.path, self._data_dir):
+        with self._damage():
             stored = self._source.__getitems__(rows)
             return [self._record(i, one) for i, one in zip(rows, stored, strict=True)]
 
@@ -83,11 +77,11 @@ class Records:
             raise ValueError(f"record {i} is empty")
         found = self._parse(stored).features.feature
         (image,) = found["image"].bytes_list.value
-        if self.facts.multi_label:
+        if self._facts.multi_label:
             values = [found[name].int64_list.value[0] for name in self._labels]
             return {"image": image, "label": np.array(values, np.int8)}
         (label,) = found["label"].int64_list.value
-        if not -1 <= label < self.facts.num_classes:
+        if not -1 <= label < self._facts.num_classes:
             raise ValueError(f"record {i} has the label {label}")
         return {"image": image, "label": np.int32(label)}
 
@@ -98,17 +92,17 @@ class Records:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         return digest.hexdigest()[:8]
 
-
-@contextlib.contextmanager
-def _damage(facts: Dataset, path: Path, data_dir: str) -> Iterator[None]:
-    """Turns every error that occurs while records are read into a DataError."""
-    try:
-        yield
-    except Exception as error:  # TFDS and ArrayRecord share no error type
-        run = f"run {command(facts.name, data_dir)} again"
-        after = "they are prepared again" if facts.automatic else run
-        problem = f"the prepared files of {facts.name} in {path} cannot be read ({error})"
-        raise DataError(f"{problem}: delete that folder and {after}") from error
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Turns every error that occurs while records are read into a DataError."""
+        try:
+            yield
+        except Exception as error:  # TFDS and ArrayRecord share no error type
+            name, again = self._facts.name, "they are prepared again"
+            if not self._facts.automatic:
+                again = f"run {command(name, self._data_dir)} again"
+            problem = f"the prepared files of {name} in {self.path} cannot be read ({error})"
+            raise DataError(f"{problem}: delete that folder and {again}") from error
 
 
 def command(name: str, data_dir: str = "") -> str:
@@ -118,10 +112,7 @@ def command(name: str, data_dir: str = "") -> str:
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:
-    """Whether a data set is prepared.
-
-    Raises InvalidValue for an unknown name, and DataError for files of another format.
-    """
+    """Whether a data set is prepared. Raises as `lookup.dataset` and `make_builder` do."""
     # TFDS gives the folder this name when it is complete.
     return make_builder(dataset(name), data_dir).data_path.exists()
 

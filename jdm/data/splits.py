@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jdm.data.datasets import Dataset
 from jdm.data.decoding import VERSION
-from jdm.data.images import EncodedImages, Pixels, Selection, decoded_split, labels_of
+from jdm.data.images import EncodedImages, Images, Pixels, Selection, decoded_split, labels_of
 from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
 from jdm.data.records import Records
@@ -120,9 +120,7 @@ def training_set(
     return Selection(parts), labels
 
 
-def _select(
-    name: str, split: str, options: ReadOptions
-) -> tuple[Pixels | EncodedImages, Labels, Rows]:
+def _select(name: str, split: str, options: ReadOptions) -> tuple[Images, Labels, Rows]:
     """(images, labels, rows): all that is stored together, and the rows that are in the split."""
     facts = dataset(name)
     images, labels = whole_split(facts, split, options)
@@ -184,9 +182,7 @@ def stored_split(facts: Dataset, split: str) -> str:
     return "train" if split in facts.from_train or split not in facts.splits else split
 
 
-def whole_split(
-    facts: Dataset, split: str, options: ReadOptions
-) -> tuple[Pixels | EncodedImages, Labels]:
+def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Images, Labels]:
     """(images, labels) of the stored split that contains a split; decodes it the first time.
 
     Raises InvalidValue where neither options nor facts have the size or the channels.
