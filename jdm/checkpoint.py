@@ -119,8 +119,7 @@ def items(workdir: epath.PathLike, step: int) -> set[str]:
 
 def newest(workdir: epath.PathLike) -> int:
     """The highest step, not verified. Raises CheckpointError where there are no steps."""
-    found = steps(workdir)
-    if not found:
+    if not (found := steps(workdir)):
         raise CheckpointError(_absent(_folder(workdir), "checkpoint"))
     return found[-1]
 

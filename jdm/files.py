@@ -18,12 +18,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, ending: str = "partial") -> Iterator[Path]:
     """A new folder to fill, which is renamed to `path` where nothing is raised, else removed.
+
+    ending: of its name until then; unique where several processes may write the same folder.
 
     Raises OSError where `path` is not absent or an empty folder by then.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{ending}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -12,19 +12,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jdm.errors import InvalidValue
 
 
-def make_mesh() -> Mesh:
-    """All devices of all hosts along one axis, "data"."""
-    return _mesh(jax.devices())
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices, by default all devices of all hosts, along one axis, "data"."""
+    devices = jax.devices() if devices is None else devices
+    # Auto axes: Explicit ones refuse gathers such as abar[t] with a sharded t.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def local_mesh() -> Mesh:
     """The devices of this host along "data", for work that each host does separately."""
-    return _mesh(jax.local_devices())
-
-
-def _mesh(devices: Sequence[jax.Device]) -> Mesh:
-    # Auto axes: Explicit ones refuse gathers such as abar[t] with a sharded t.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return make_mesh(jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

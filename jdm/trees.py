@@ -6,8 +6,7 @@ import jax
 
 
 class Difference(NamedTuple):
-    """An array that two trees do not share. path: "unet/stem/kernel". wanted, found: "float32[3, 3,
-    1, 8]", or "nothing"."""
+    """An array that differs between two trees. wanted, found: "float32[3, 8]", or "nothing"."""
 
     path: str
     wanted: str
@@ -32,7 +31,5 @@ def describe(leaf: Any) -> str:
 def differences(wanted: Any, found: Any) -> list[Difference]:
     """Every array that differs in shape or dtype, or is missing in one of two pytrees."""
     wanted, found = leaves(wanted), leaves(found)
-    pairs = [
-        (path, describe(wanted.get(path)), describe(found.get(path))) for path in wanted | found
-    ]
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    every = [Difference(p, describe(wanted.get(p)), describe(found.get(p))) for p in wanted | found]
+    return [one for one in every if one.wanted != one.found]

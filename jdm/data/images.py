@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jdm.data import DataError
 from jdm.data.decoding import decode, decoders
 from jdm.data.labels import Labels, Rows
+from jdm.files import whole_folder
 
 Pixels = UInt8[np.ndarray, "n h w c"]
 BLOCK = 64  # images that are handed to a decoder at once
@@ -145,22 +146,16 @@ def _write(folder: Path, records: RecordSource, shape: tuple[int, ...] | None) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed = int(np.prod(shape or 0))
     check_room(folder.parent, needed, "decoding the images", "config.data.cache_dir")
-    # Unique among the hosts that may share the disk.
-    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
-    unfinished.mkdir()
     try:
-        if shape:
-            labels = _write_images(unfinished / "images.npy", records, shape)
-        else:
-            labels = [one["label"] for one in records]
-        np.save(unfinished / "labels.npy", np.stack(labels))
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process has written the same files
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
+            if shape:
+                labels = _write_images(unfinished / "images.npy", records, shape)
+            else:
+                labels = [one["label"] for one in records]
+            np.save(unfinished / "labels.npy", np.stack(labels))
+    except OSError:
+        if not folder.exists():  # otherwise another process has written the same files
+            raise
 
 
 def _write_images(path: Path, records: RecordSource, shape: tuple[int, ...]) -> list:

@@ -14,5 +14,5 @@ def dataset(name: str) -> Dataset:
         return DATASETS[check_name("config.data.name", name, [*DATASETS, f"{FOLDER}/path"])]
     found = listing(name.removeprefix(FOLDER))
     splits = {split: len(files) for split, files in found.files.items()}
-    options = dict(flips=True, splits=splits, module="jdm.data.folder_builder")
+    options: dict = dict(flips=True, splits=splits, module="jdm.data.folder_builder")
     return Dataset(name, sizes=(), channels=0, num_classes=len(found.classes), **options)

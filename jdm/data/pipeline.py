@@ -145,10 +145,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches {"image", "label", "mask": bool [B/H]} of one shape.
 
-    batch_size, host, hosts: as in `train_batches`. The last batch is padded with black images of
-    label -1, whose mask is False. Every host gets the same number of batches.
-
-    Raises ValueError for arrays, sizes or hosts that do not fit together.
+    batch_size, host, hosts: as in `train_batches`, with the same errors. The last batch is padded
+    with black images of label -1, whose mask is False. Every host gets the same number of batches.
     """
     _check(images, labels, batch_size, host, hosts)
     rows = batch_size // hosts

@@ -135,7 +135,13 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
             run = command(facts.name, data_dir)
             raise DataError(f"{facts.name} is not prepared in {builder.data_path}; run {run}")
         print(f"Preparing {facts.name} in {builder.data_path}.", file=sys.stderr)
-        write_records(builder)
+        hidden = io.StringIO()  # progress bars of TFDS; absl's log is still shown
+        try:
+            with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
+                builder.download_and_prepare()
+        except OSError:  # also where another process has prepared the same data a moment earlier
+            if not builder.data_path.exists():
+                raise
         # If another process was faster, the old builder knows no splits.
         builder = make_builder(facts, data_dir)
     return builder
@@ -162,18 +168,6 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     try:
         return tfds.builder(facts.name, **options)
     except ValueError as error:  # prepared already, in another format
-        raise DataError(
-            f"{facts.name} is prepared in {data_dir or 'the default folder of TFDS'} in another "
-            "format than array_record, the only one that jdm reads; use another folder"
-        ) from error
-
-
-def write_records(builder: Any) -> None:
-    """Prepares a data set completely or not at all, without output."""
-    hidden = io.StringIO()  # progress bars of TFDS; absl's log is still shown
-    try:
-        with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
-            builder.download_and_prepare()
-    except OSError:  # also where another process has prepared the same data a moment earlier
-        if not builder.data_path.exists():
-            raise
+        where = data_dir or "the default folder of TFDS"
+        problem = f"{facts.name} is prepared in {where} in another format than array_record"
+        raise DataError(f"{problem}, the only one that jdm reads; use another folder") from error

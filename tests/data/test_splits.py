@@ -19,6 +19,7 @@ from jdm.data.datasets import DATASETS, Dataset
 from jdm.data.decoding import decode
 from jdm.data.lookup import dataset
 from jdm.data.pipeline import train_batches
+from jdm.data.prepare import prepare
 from jdm.data.splits import (
     ReadOptions,
     keep_classes,
@@ -305,7 +306,7 @@ def test_a_second_data_set_adds_its_images_without_labels(digits_dir, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((12, 20, 3), i, np.uint8)).save(path)
     shutil.copytree(digits_dir, tmp_path / "data")
-    records.write_records(records.make_builder(dataset(f"folder:{folder}"), str(tmp_path / "data")))
+    prepare(f"folder:{folder}", str(tmp_path / "data"))
     options = ReadOptions(str(tmp_path / "data"), 8, 1, classes=range(10), validation=0.2)
     images, labels = training_set("digits", options, seed=0, unlabelled=f"folder:{folder}")
     assert len(images) == 1257 + 24  # a fifth of theirs is held out too
