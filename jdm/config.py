@@ -141,15 +141,11 @@ def _checked(values: dict[str, Any], where: str) -> ConfigDict:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises InvalidValue for a value of the wrong type, an unknown name, or one out of range."""
+    """Raises InvalidValue for a value of the wrong type, an unknown name, one out of range, and
+    for values that are allowed alone but not together."""
     values = flatten(config)
     for key, value in values.items():
         _option(key).check(f"config.{key}", value)
-    _check_together(values)
-
-
-def _check_together(values: dict[str, Any]) -> None:
-    """Raises InvalidValue for values that are allowed alone but not together."""
     if (values["diffusion.variance"] == "learned") != values["model.learned_variance"]:
         allowed = f"does not go with config.diffusion.variance={values['diffusion.variance']!r}"
         key, hint = "model.learned_variance", "learned needs True, the fixed ones False"

@@ -30,14 +30,6 @@ FRACTION = Rule("at least 0 and below 1", lambda v: 0 <= v < 1)
 SHARE = Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
 FLOAT32 = Rule("finite as float32", lambda v: abs(v) <= 3.4028234e38)
 UNIT = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
-SEED = Rule("between 0 and 2147483647", lambda v: 0 <= v < 2**31)
-SIDES = Rule("positive whole numbers", lambda v: all(isinstance(s, int) and s > 0 for s in v))
-LEVELS = Rule("one or more positive whole numbers", lambda v: len(v) > 0 and SIDES.holds(v))
-DIFFERENT = Rule("one or more different names", lambda v: len(set(v)) == len(v) > 0)
-CLASSES = Rule(
-    "two or more different whole numbers from 0 up, or ()",
-    lambda v: all(isinstance(c, int) and c >= 0 for c in v) and len(set(v)) == len(v) != 1,
-)
 
 
 def _tuple(text: str) -> tuple:

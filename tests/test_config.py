@@ -15,21 +15,11 @@ from jdm import config
 from jdm.config import OPTIONS, config_from_dict, config_names, config_to_dict, differences, flatten
 from jdm.config import load_config as load_named
 from jdm.configs import base
+from jdm.configs.base import CLASSES, DIFFERENT, LEVELS, SEED, SIDES
 from jdm.data.datasets import DATASETS
 from jdm.errors import InvalidValue
 from jdm.mesh import by_row, make_mesh, replicated
-from jdm.options import (
-    ANYTHING,
-    CLASSES,
-    DIFFERENT,
-    FRACTION,
-    LEVELS,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
-    SHARE,
-    SIDES,
-)
+from jdm.options import ANYTHING, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE
 from jdm.trainer import abstract_batch
 from jdm.training import build
 

@@ -14,20 +14,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jdm import names
-from jdm.options import (
-    CLASSES,
-    DIFFERENT,
-    FRACTION,
-    LEVELS,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
-    SHARE,
-    SIDES,
-    Option,
-)
+from jdm.options import FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Option, Rule
 
 VERSION = 1  # of the keys; jdm.config.migrate converts older configs
+
+SEED = Rule("between 0 and 2147483647", lambda v: 0 <= v < 2**31)
+SIDES = Rule("positive whole numbers", lambda v: all(isinstance(s, int) and s > 0 for s in v))
+LEVELS = Rule("one or more positive whole numbers", lambda v: len(v) > 0 and SIDES.holds(v))
+DIFFERENT = Rule("one or more different names", lambda v: len(set(v)) == len(v) > 0)
+CLASSES = Rule(
+    "two or more different whole numbers from 0 up, or ()",
+    lambda v: all(isinstance(c, int) and c >= 0 for c in v) and len(set(v)) == len(v) != 1,
+)
 
 _resumable = functools.partial(Option, resumable=True)  # a key that a resumed run may change
 
@@ -123,10 +121,7 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
 def get_config() -> ConfigDict:
     """A config of all keys with their defaults."""
 
-    def defaults(keys: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: defaults(one) if isinstance(one, dict) else one.default
-            for name, one in keys.items()
-        }
+    def defaults(key: Any) -> Any:
+        return key.default if isinstance(key, Option) else {k: defaults(v) for k, v in key.items()}
 
     return ConfigDict(defaults(KEYS))

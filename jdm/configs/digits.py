@@ -16,18 +16,10 @@ def get_config():
     config.model.blocks = 1
     # The images are small and clean: x0 is the easier thing to predict, and the cosine schedule
     # spends fewer steps on images that are noise to the eye and to the classifier.
-    config.diffusion.steps = 500
-    config.diffusion.schedule = "cosine"
-    config.diffusion.prediction = "x0"
-    config.loss.classify = "both"
+    config.diffusion.update(steps=500, schedule="cosine", prediction="x0")
     config.loss.weight = 0.5
-    config.optim.lr = 2e-3
-    config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 100
-    config.optim.weight_decay = 0.01
-    config.train.steps = 1200
-    config.train.ema_decay = 0.995
-    config.log.every = 100
+    config.optim.update(lr=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01)
+    config.train.update(steps=1200, ema_decay=0.995)
     config.eval.every = 400
     config.checkpoint.every = 400
     return config

@@ -11,11 +11,7 @@ from jdm.configs import base
 def get_config():
     config = base.get_config()
     config.data.batch_size = 16
-    config.model.channels = 8
-    config.model.multipliers = (1, 2)
-    config.model.blocks = 1
-    config.model.heads = 2
-    config.model.head_width = 16
+    config.model.update(channels=8, blocks=1, heads=2, head_width=16)
     config.diffusion.steps = 50
     config.optim.lr = 1e-3
     config.train.steps = 4
