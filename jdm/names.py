@@ -5,7 +5,7 @@ name means is a record, in a dict beside the functions. Each dict is built from 
 
 - by `modules` where the set is a folder with one file for each name, which defines the record. To
   add a member, write the file and add its name here (docs/extending.md);
-- by `records` where the set is a dict literal.
+- by `records` where the records stand in the code.
 """
 
 import difflib
@@ -19,8 +19,9 @@ from jdm.errors import InvalidValue
 class Names(tuple[str, ...]):
     """The names of one closed set, in the order in which they are listed."""
 
-    def records(self, found: dict[str, Any]) -> dict[str, Any]:
-        """`found`, a record for each name. Raises TypeError where its keys are not the names."""
+    def records(self, *arguments: Any, **records: Any) -> dict[str, Any]:
+        """dict() of the arguments: a record for each name. Raises TypeError for other names."""
+        found = dict(*arguments, **records)
         if tuple(found) != tuple(self):
             raise TypeError(f"records for {', '.join(found)}; the names are {', '.join(self)}")
         return found

@@ -8,7 +8,7 @@ module does not import JAX, so that flags can be checked before JAX is imported.
 
 import dataclasses
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jdm import names
@@ -99,12 +99,10 @@ def plain_number(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def describe(without: Container[str] = ()) -> str:
-    """One line for each option, for a docstring. without: names to leave out."""
-    kept = {name: option for name, option in OPTIONS.items() if name not in without}
-    return "\n".join(
-        f"{name}: {option.help} ({_default(option)})." for name, option in kept.items()
-    )
+def describe() -> str:
+    """One line for each option, for a docstring."""
+    lines = (f"{name}: {option.help} ({_default(option)})." for name, option in OPTIONS.items())
+    return "\n".join(lines)
 
 
 def help_of(name: str) -> str:

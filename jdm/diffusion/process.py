@@ -32,7 +32,6 @@ from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
 
-Pixels = UInt8[Array, "b h w c"]
 PerImage = Float[Array, "b 1 1 1"]
 Table = Float[np.ndarray, " T"]  # float64, one entry for each t
 
@@ -84,11 +83,9 @@ def _cosine(steps: int) -> Table:
 
 
 SCHEDULES: dict[str, Callable[[int], Table]] = names.SCHEDULES.records(  # T -> betas
-    {
-        "linear": functools.partial(_linear, first=0.001, last=0.02),  # Deja et al. 2023
-        "linear_ddpm": functools.partial(_linear, first=0.0001, last=0.02),  # Ho et al. 2020
-        "cosine": _cosine,
-    }
+    linear=functools.partial(_linear, first=0.001, last=0.02),  # Deja et al. 2023
+    linear_ddpm=functools.partial(_linear, first=0.0001, last=0.02),  # Ho et al. 2020
+    cosine=_cosine,
 )
 
 
@@ -112,42 +109,38 @@ class Prediction(NamedTuple):
 # The perturbations were chosen on models trained on the digits data set. Samples had the requested
 # class more often with a long step for eps and with a short one for v; for x0 it hardly mattered.
 PREDICTIONS: dict[str, Prediction] = names.PREDICTIONS.records(
-    {
-        "eps": Prediction(
-            to_eps=lambda raw, xt, a, b, c, d: raw,
-            target=lambda x0, eps, a, b, c, d: eps,
-            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
-            perturbation=-1.0,
-        ),
-        "x0": Prediction(
-            to_eps=lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
-            target=lambda x0, eps, a, b, c, d: x0,
-            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
-            perturbation=0.5,
-        ),
-        "v": Prediction(  # (3)
-            to_eps=lambda raw, xt, a, b, c, d: a * raw + b * xt,
-            target=lambda x0, eps, a, b, c, d: a * eps - b * x0,
-            min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
-            perturbation=-0.05,
-        ),
-        "previous": Prediction(  # the posterior mean; its error is c times that of x_0
-            to_eps=lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
-            target=lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
-            min_snr=None,
-            perturbation=0.5,
-        ),
-    }
+    eps=Prediction(
+        to_eps=lambda raw, xt, a, b, c, d: raw,
+        target=lambda x0, eps, a, b, c, d: eps,
+        min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
+        perturbation=-1.0,
+    ),
+    x0=Prediction(
+        to_eps=lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
+        target=lambda x0, eps, a, b, c, d: x0,
+        min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
+        perturbation=0.5,
+    ),
+    v=Prediction(  # (3)
+        to_eps=lambda raw, xt, a, b, c, d: a * raw + b * xt,
+        target=lambda x0, eps, a, b, c, d: a * eps - b * x0,
+        min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
+        perturbation=-0.05,
+    ),
+    previous=Prediction(  # the posterior mean; its error is c times that of x_0
+        to_eps=lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
+        target=lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
+        min_snr=None,
+        perturbation=0.5,
+    ),
 )
 
 # The log variance of a reverse step: (log beta~, log beta) -> one of the two, as tables or arrays.
 # None where the network learns it (4).
 VARIANCES: dict[str, Any] = names.VARIANCES.records(
-    {
-        "fixed_small": lambda small, large: small,
-        "fixed_large": lambda small, large: large,
-        "learned": None,
-    }
+    fixed_small=lambda small, large: small,
+    fixed_large=lambda small, large: large,
+    learned=None,
 )
 
 

@@ -22,15 +22,13 @@ def takes_method_options(function: Callable) -> Callable:
     its docstring."""
     signature = inspect.signature(function)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known = {p.name for p in kept}
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
         for name, option in OPTIONS.items()
-        if name not in known
     ]
     function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
     if function.__doc__:
-        lines = textwrap.indent(describe(known), "    ").strip()
+        lines = textwrap.indent(describe(), "    ").strip()
         function.__doc__ = function.__doc__.replace("OPTIONS", lines)
     return function
 

@@ -47,12 +47,10 @@ GUIDANCE: dict[str, Guidance] = names.GUIDANCE.modules(__name__, "GUIDANCE")
 # The factor of the scale, as a function of u = t / (T - 1): u is 1 at the noisiest timestep, 0 at
 # the least noisy one. The mean of each factor over u is 1.
 SCALE_SCHEDULES: dict[str, Callable[[Array], Array]] = names.SCALE_SCHEDULES.records(
-    {
-        "constant": jnp.ones_like,
-        "early": lambda u: 2 * u,
-        "late": lambda u: 2 * (1 - u),
-        "middle": lambda u: 2 * jnp.sin(np.pi * u) ** 2,
-    }
+    constant=jnp.ones_like,
+    early=lambda u: 2 * u,
+    late=lambda u: 2 * (1 - u),
+    middle=lambda u: 2 * jnp.sin(np.pi * u) ** 2,
 )
 
 

@@ -35,11 +35,7 @@ def _dynamic(x0: Images) -> Images:
 
 # How an estimate of x_0 is brought into [-1, 1]; None leaves it unchanged.
 THRESHOLDS: dict[str, Callable[[Images], Images] | None] = names.THRESHOLDS.records(
-    {
-        "none": None,
-        "static": lambda x0: jnp.clip(x0, -1, 1),
-        "dynamic": _dynamic,
-    }
+    none=None, static=lambda x0: jnp.clip(x0, -1, 1), dynamic=_dynamic
 )
 
 

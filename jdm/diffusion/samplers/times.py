@@ -15,11 +15,9 @@ Measure = Float[np.ndarray, " t"]
 # The quantity in which the timesteps are evenly spaced, as a function of abar: float64 [T] -> [T],
 # increasing. None is t itself, rounded as in the published code.
 SPACINGS: dict[str, Callable[[Measure], Measure] | None] = names.SPACINGS.records(
-    {
-        "uniform": None,
-        "quadratic": lambda abar: np.sqrt(np.arange(len(abar))),  # Song et al. 2021, appendix D.2
-        "log_snr": lambda abar: np.log(1 - abar) - np.log(abar),  # Lu et al. 2022, section 5
-    }
+    uniform=None,
+    quadratic=lambda abar: np.sqrt(np.arange(len(abar))),  # Song et al. 2021, appendix D.2
+    log_snr=lambda abar: np.log(1 - abar) - np.log(abar),  # Lu et al. 2022, section 5
 )
 
 
