@@ -5,8 +5,8 @@ with a misspelt key stops at once. Every error is an InvalidValue that names the
 """
 
 import importlib
-import importlib.util
 import pkgutil
+import runpy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,19 +58,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def _read(name: str) -> ConfigDict:
     """The result of get_config() in a packaged config or a file."""
     if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
+        if not Path(name).is_file():
             raise InvalidValue("config", name, "is not a file")
-        spec = importlib.util.spec_from_file_location("jdm_user_config", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        found = runpy.run_path(name)
     else:
         check_name("config", name, [*config_names(), "the path of a .py file"])
-        module = importlib.import_module(f"jdm.configs.{name.replace('/', '.')}")
-    if not hasattr(module, "get_config"):
+        found = vars(importlib.import_module(f"jdm.configs.{name.replace('/', '.')}"))
+    if "get_config" not in found:
         raise InvalidValue("config", name, "defines no get_config()")
-    return module.get_config()
+    return found["get_config"]()
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,4 @@
-"""The errors that users see.
-
-`InvalidValue` is about a value that the user gave and can change. It carries the parameter, the
-value and what is allowed, so that the command line can name the flag instead of the parameter.
-`Failure` is about something that checking the arguments could not foresee: a disk that is full, a
-file that is damaged, a loss that is not finite.
-"""
+"""The errors that users see."""
 
 from typing import Any
 
@@ -14,6 +8,7 @@ NO_VALUE: Any = object()  # for an InvalidValue whose sentence names no single v
 class InvalidValue(ValueError):
     """An argument, flag or config key whose value is not allowed; `str` of it is one sentence.
 
+    It carries the parts of the sentence, so that the command line can name the flag instead.
     parameter: the name of a Python argument ("steps"), or the full name of a config key
     ("config.optim.lr"). value: what was given, or NO_VALUE. allowed: the rest of a sentence that
     begins with the parameter and its value: "must be positive". hint: advice, added to the
@@ -41,4 +36,5 @@ class InvalidValue(ValueError):
 
 
 class Failure(RuntimeError):
-    """Something went wrong that no check of the arguments could foresee; one sentence."""
+    """What no check of the arguments could foresee, in one sentence: a disk that is full, a file
+    that is damaged, a loss that is not finite."""

@@ -9,14 +9,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdm.errors import InvalidValue
 from jdm.names import FOLDER, Names, check_name
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A condition on values. words: in words, "positive". holds: value -> bool."""
 
     words: str
@@ -43,10 +42,8 @@ def _tuple(text: str) -> tuple:
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """The type of an option. words: its name in errors. accepts: value -> bool. read: text ->
-    value."""
+class Kind(NamedTuple):
+    """An option's type. words: its name in errors. accepts: value -> bool. read: text -> value."""
 
     words: str
     accepts: Callable[[Any], bool]

@@ -1,13 +1,10 @@
 """The published recipes (Deja et al. 2023, arXiv:2301.13622), to the letter; what they share.
 
-    AdamW 1e-4, constant, no decay, no clipping; dropout 0.3; the published linear schedule, noise
-    predicted, fixed large variance; cross-entropy of clean images, augmented as published, at
-    lambda 0.001, by the published head; a moving average of 0.9999 from the first step. Batches of
-    256 for 500,000 steps, unless a recipe says otherwise. All of the training split, evaluated on
-    the test split, and so no estimate of how a choice made by it would do.
-
-Nothing here has been trained by this project: how long a recipe takes and what it reaches was not
-measured here.
+AdamW 1e-4, constant, no decay, no clipping; dropout 0.3; the published linear schedule, noise
+predicted, fixed large variance; cross-entropy of clean images, augmented as published, at
+lambda 0.001, by the published head; a moving average of 0.9999 from the first step. Batches of
+256 for 500,000 steps, unless a recipe says otherwise. All of the training split, evaluated on
+the test split, and so no estimate of how a choice made by it would do.
 """
 
 from ml_collections import ConfigDict
