@@ -43,23 +43,8 @@ def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Netwo
         log_probabilities=lambda features, t: log_probabilities_of(
             apply("classify", features, t), model.multi_label
         ),
-        block_names=block_names_of(model),
+        block_names=block_names(len(model.multipliers), model.blocks),
     )
-
-
-def with_guidance_classifier(network: Network, classifier: Network) -> Network:
-    """The network with another one's classifier. `classifier` encodes x_t with its own encoder."""
-    return Network(
-        encode=lambda x, t: (network.encode(x, t), classifier.encode(x, t)),
-        decode=lambda features, x, t: network.decode(features[0], x, t),
-        log_probabilities=lambda features, t: classifier.log_probabilities(features[1], t),
-        block_names=(network.block_names, classifier.block_names),
-    )
-
-
-def block_names_of(model: JointModel) -> Any:
-    """The names of the model's representations, in the structure of its features."""
-    return block_names(len(model.multipliers), model.blocks)
 
 
 def image_shape(model: JointModel) -> tuple[int, int, int]:
@@ -156,21 +141,17 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     workdir = epath.Path(PRETRAINED.get(path, path) if isinstance(path, str) else path)
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
         workdir, step = workdir.parent.parent, int(workdir.name)
-    step = _newest(workdir) if step is None else step
+    if step is None:
+        try:
+            step = checkpoint.newest(workdir)
+        except checkpoint.CheckpointError as error:
+            known = ", ".join(PRETRAINED)
+            raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     target = abstract_weights(model, replicated(local_mesh()))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     return Joint(config, model, diffusion, weights)
-
-
-def _newest(workdir: epath.Path) -> int:
-    """The step of the newest checkpoint. Where there is none, the error lists packaged models."""
-    try:
-        return checkpoint.newest(workdir)
-    except checkpoint.CheckpointError as error:
-        known = ", ".join(PRETRAINED)
-        raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
 
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
@@ -186,10 +167,8 @@ def as_joint(joint: "Joint | str | os.PathLike") -> Joint:
     return joint if isinstance(joint, Joint) else load(joint)
 
 
-def name_of(joint: "Joint | str | os.PathLike | None") -> str | None:
+def name_of(joint: "Joint | str | os.PathLike") -> str:
     """How settings name a model: by its path, where it was given as one."""
-    if joint is None:
-        return None
     return "a Joint" if isinstance(joint, Joint) else os.fspath(joint)
 
 

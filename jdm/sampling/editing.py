@@ -15,7 +15,7 @@ from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_images, image_shape, name_of, to_floats
-from jdm.mesh import by_row, local_mesh, replicated
+from jdm.mesh import local_mesh, replicated
 from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
 from jdm.sampling.generate import generate
@@ -67,10 +67,10 @@ def interpolate(
         classifier=classifier,
         batch_size=batch_size,
     )
-    first, last = np.asarray(_noise(joint.model, joint.diffusion, request.seeds[[0, -1]]))
+    ends = request.seeds[[0, -1]]
+    first, last = np.asarray(_noise(joint.model, joint.diffusion, ends))
     request = request.starting("noise", _arc(first, last, shares))
-    settings = request.settings(joint, model=path, interpolate=request.seeds[[0, -1]].tolist())
-    return generate(joint, request, settings, batch_size)
+    return generate(joint, request, batch_size, model=path, interpolate=ends.tolist())
 
 
 def invert(
@@ -95,7 +95,7 @@ def invert(
     fits.
     """
     joint = as_joint(joint)
-    images = check_images(joint, images, least=1)
+    images = np.asarray(to_floats(check_images(joint, images, least=1)))
     _ITERATIONS.check("iterations", iterations)
     method = method_of(None, dict(guidance=guidance, scale=scale, steps=steps, spacing=spacing))
     request = check_request(joint, len(images), method=method, labels=labels, batch_size=batch_size)
@@ -104,13 +104,13 @@ def invert(
     compiled = functools.partial(programs.compile_inverter, *static)
     rows, program = programs.fitting(len(images), mesh, batch_size, compiled)
     weights, scale = jax.device_put((joint.weights, np.float32(request.scale)), replicated(mesh))
-    noise, inputs = [], (np.asarray(to_floats(images)), request.targets)
+    noise = []
     with Progress(len(images), "inverting", "images") as progress:
         for start in range(0, len(images), rows):
-            batch, targets = (x[start : start + rows] for x in inputs)
-            padded = (jax.device_put(programs.pad(x, rows), by_row(mesh)) for x in (batch, targets))
-            noise.append(np.asarray(program(weights, *padded, scale))[: len(batch)])
-            progress.advance(len(batch))
+            part = slice(start, start + rows)
+            inputs = programs.on_devices((images[part], request.targets[part]), rows, mesh)
+            noise.append(np.asarray(program(weights, *inputs, scale))[: len(images[part])])
+            progress.advance(len(noise[-1]))
     return np.concatenate(noise)
 
 
@@ -153,8 +153,7 @@ def edit(
         batch_size=batch_size,
     )
     request = request.starting("image", np.asarray(to_floats(images)))
-    settings = request.settings(joint, model=path, strength=float(strength))
-    return generate(joint, request, settings, batch_size)
+    return generate(joint, request, batch_size, model=path, strength=float(strength))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,14 +1,14 @@
 """Generates the images of a checked request, batch by batch, on this host's devices."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jdm.joint import Joint
-from jdm.mesh import by_row, local_mesh, replicated
+from jdm.mesh import local_mesh, replicated
 from jdm.sampling import programs
 from jdm.sampling.request import Request
 from jdm.sampling.samples import Samples
@@ -23,16 +23,15 @@ class Batch(NamedTuple):
     trajectory: np.ndarray | None
 
 
-def generate(
-    joint: Joint, request: Request, settings: dict[str, Any], batch_size: int | None = None
-) -> Samples:
-    """The samples of a request. batch_size: the most images per device and call."""
+def generate(joint: Joint, request: Request, batch_size: int | None, **names: Any) -> Samples:
+    """The samples of a request. batch_size: the most images per device and call. names: further
+    entries of the settings."""
     _, batches = make_generator(joint, request, batch_size)
     with Progress(len(request.seeds), "sampling", "images") as progress:
-        return concatenate(request, settings, list(batches(request, progress)))
+        return concatenate(request, request.settings(joint, **names), batches(request, progress))
 
 
-def concatenate(request: Request, settings: dict[str, Any], batches: list[Batch]) -> Samples:
+def concatenate(request: Request, settings: dict[str, Any], batches: Iterable[Batch]) -> Samples:
     """The samples of all batches of a request."""
     images, probabilities, trajectories = zip(*batches, strict=True)
     return Samples(
@@ -60,14 +59,12 @@ def make_generator(
     scale = jax.device_put(np.float32(request.scale), replicated(mesh))
     scorer, scorer_weights = (classifier, weights[1]) if classifier else (joint, weights[0])
 
-    def on_devices(x):
-        return None if x is None else jax.device_put(programs.pad(x, rows), by_row(mesh))
-
     def batches(request: Request, progress: Progress) -> Iterator[Batch]:
         for start in range(0, len(request.seeds), rows):
             part = request.part(slice(start, start + rows))
             count, probabilities = len(part.seeds), None
-            seeds, targets, given = map(on_devices, (part.seeds, part.targets, part.given))
+            inputs = part.seeds, part.targets, part.given
+            seeds, targets, given = programs.on_devices(inputs, rows, mesh)
             images, trajectory, finite = program(weights, seeds, targets, scale, given)
             if not (finite := np.asarray(finite)[:count]).all():
                 raise FloatingPointError(

@@ -22,9 +22,6 @@ def _wrong(allowed: str, parameter: str = "labels", hint: str = "") -> InvalidVa
     return InvalidValue(parameter, NO_VALUE, allowed, hint)
 
 
-# As text -----------------------------------------------------------------------------------------
-
-
 def parse_numbers(parameter: str, text: str) -> list[int]:
     """[0, 1, 2, 3, 9] of "0-3,9". Raises InvalidValue."""
     found: list[int] = []
@@ -95,9 +92,6 @@ def label_text(label: Any) -> str:
     if np.issubdtype(label.dtype, np.floating):
         return "+".join(f"{k}:{label[k]:.2g}" for k in np.flatnonzero(label)) or "none"
     return "+".join(f"{'' if label[k] else '!'}{k}" for k in np.flatnonzero(label >= 0)) or "none"
-
-
-# As arrays ---------------------------------------------------------------------------------------
 
 
 def check_rows(

@@ -17,17 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jdm.diffusion.guidance import guide, log_probabilities_of
+from jdm.diffusion.guidance import Network, guide, log_probabilities_of
 from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
 from jdm.diffusion.samplers import ddim_inverse, image_noise, initial_noise, reverse, timesteps
-from jdm.joint import (
-    abstract_weights,
-    image_shape,
-    logits_of,
-    make_network,
-    with_guidance_classifier,
-)
+from jdm.joint import abstract_weights, image_shape, logits_of, make_network
 from jdm.mesh import by_row, replicated
 from jdm.nn.model import JointModel
 from jdm.sampling.request import Recipe
@@ -45,7 +39,7 @@ def _sample(model, classifier, diffusion, recipe, weights, seeds, targets, scale
     None; whether all pixels of an image are finite [B])."""
     network = make_network(model, diffusion, weights[0])
     if classifier is not None:
-        network = with_guidance_classifier(network, make_network(classifier, diffusion, weights[1]))
+        network = _with_classifier(network, make_network(classifier, diffusion, weights[1]))
     method = recipe.method
     eps_fn = guide(network, diffusion, method, targets, scale)
     keys = jax.vmap(jax.random.key)(seeds)
@@ -54,6 +48,16 @@ def _sample(model, classifier, diffusion, recipe, weights, seeds, targets, scale
     x, trajectory = reverse(eps_fn, diffusion, start, keys, times, method, recipe.trajectory)
     finite = jnp.isfinite(x).all(axis=(1, 2, 3))
     return float_to_pixels(x), None if trajectory is None else float_to_pixels(trajectory), finite
+
+
+def _with_classifier(network: Network, classifier: Network) -> Network:
+    """The network with another one's classifier. `classifier` encodes x_t with its own encoder."""
+    return Network(
+        encode=lambda x, t: (network.encode(x, t), classifier.encode(x, t)),
+        decode=lambda features, x, t: network.decode(features[0], x, t),
+        log_probabilities=lambda features, t: classifier.log_probabilities(features[1], t),
+        block_names=(network.block_names, classifier.block_names),
+    )
 
 
 def _noised(diffusion: Diffusion, keys, shape, time, images):
@@ -129,9 +133,13 @@ def _abstract_inputs(model: JointModel, mesh: Mesh, rows: int) -> tuple[jax.Shap
     )
 
 
-def pad(x: np.ndarray, rows: int) -> np.ndarray:
-    """x, with its last row repeated up to `rows` rows."""
-    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
+def on_devices(arrays: Any, rows: int, mesh: Mesh) -> Any:
+    """A tree of arrays, each padded with its last row to `rows` rows, and split over the mesh."""
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
+
+    return jax.device_put(jax.tree.map(pad, arrays), by_row(mesh))
 
 
 @functools.cache  # each memory_analysis takes tens of milliseconds

@@ -13,7 +13,7 @@ from jdm.diffusion.guidance import GUIDANCE, block_mask
 from jdm.diffusion.method import Method, check_takes, plain_number
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
-from jdm.joint import Joint, as_joint, block_names_of, digest, name_of
+from jdm.joint import Joint, as_joint, digest, make_network, name_of
 from jdm.options import POSITIVE, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
@@ -62,8 +62,8 @@ class Request:
 
     def part(self, rows: slice) -> "Request":
         """The request for some of its images."""
-        arrays = {name: getattr(self, name) for name in ("labels", "targets", "seeds", "given")}
-        arrays = {name: x if x is None else x[rows] for name, x in arrays.items()}
+        names = ("labels", "targets", "seeds", "given")
+        arrays = {name: x[rows] for name in names if (x := getattr(self, name)) is not None}
         return dataclasses.replace(self, **arrays)
 
     def settings(self, joint: Joint, **names: Any) -> dict[str, Any]:
@@ -104,14 +104,14 @@ def check_request(
     n = plain_number(n)
     _COUNT.check("n", n)
     _COUNT.check("batch_size", batch_size)
-    classifier_name = name_of(classifier)
+    classifier_name = None if classifier is None else name_of(classifier)
     classifier = None if classifier is None else as_joint(classifier)
     model, guidance = joint.model, GUIDANCE[method.guidance]
     labels, seeds = check_rows(n, labels, seeds, model.num_classes, model.multi_label)
     check_takes(method, "sampler", SAMPLERS)
     check_takes(method, "guidance", GUIDANCE)
     timesteps(joint.diffusion, method.steps, method.spacing, total)
-    block_mask(block_names_of(model), method.blocks)
+    block_mask(make_network(model, joint.diffusion, joint.weights).block_names, method.blocks)
     _check_models(joint, classifier, method, labels is not None)
     scale = guidance.default_scale if method.scale is None else float(method.scale)
     targets = target_weights(labels, len(seeds), model.num_classes, model.multi_label)

@@ -90,7 +90,7 @@ def run(
     each = rows * -(-min(LEAST, share) // rows)  # whole batches
     if hosts == 1 and count <= each and not record.is_file():
         with Progress(count, "sampling", "images") as progress:
-            concatenate(request, settings, list(batches(request, progress))).save(out)
+            concatenate(request, settings, batches(request, progress)).save(out)
         return True
     if host == 0 and not record.is_file():
         parts.mkdir(exist_ok=True)
@@ -105,11 +105,11 @@ def run(
     with Progress(sum(sizes.values()), "sampling", "images", done=done) as progress:
         for start, path in missing.items():
             part = request.part(slice(start, start + each))
-            whole = concatenate(part, settings, list(batches(part, progress)))
+            whole = concatenate(part, settings, batches(part, progress))
             write_whole(path, _packed(Batch(whole.images, whole.probabilities, whole.trajectory)))
     _barrier("all parts are there")
     if host == 0:
-        concatenate(request, settings, [_unpacked(path) for path in paths.values()]).save(out)
+        concatenate(request, settings, map(_unpacked, paths.values())).save(out)
         for path in paths.values():
             path.unlink()
         record.unlink()  # last: parts without it belong to no run

@@ -83,7 +83,7 @@ def sample(
     )
     if noise is not None:
         request = request.starting("noise", noise)
-    return generate(joint, request, request.settings(joint, model=path), batch_size)
+    return generate(joint, request, batch_size, model=path)
 
 
 def _check_noise(joint: Joint, noise: np.ndarray) -> np.ndarray:

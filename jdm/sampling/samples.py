@@ -18,7 +18,6 @@ from jdm.errors import InvalidValue
 from jdm.files import write_whole
 from jdm.sampling.labels import label_text
 
-FORMATS = (".png", ".npz", ".gif")
 SETTINGS = "settings.json"
 CAPTIONED = 100  # a grid of more images has no captions
 PATHS = {"model", "checkpoint", "classifier"}  # the settings that are paths of models
@@ -55,9 +54,9 @@ class Samples:
         The file or folder appears whole or not at all. Raises InvalidValue for another suffix, a
         .gif without a trajectory, and a folder that holds anything but samples of these settings.
         """
-        path, formats = Path(path), {".png": self._png, ".gif": self._gif, ".npz": self._npz}
+        path = Path(path)
         if suffix := check_format(path):
-            write_whole(path, formats[suffix]())
+            write_whole(path, FORMATS[suffix](self))
         else:
             self._save_folder(path)
 
@@ -123,6 +122,9 @@ class Samples:
         partial.rename(path)
         if previous.is_dir():
             shutil.rmtree(previous)
+
+
+FORMATS = {".png": Samples._png, ".npz": Samples._npz, ".gif": Samples._gif}
 
 
 def check_format(path: str | os.PathLike) -> str:

@@ -14,7 +14,6 @@ from jdm.names import check_name
 
 Targets = Float[Array, "b m"]
 LABELLED = "labels", "scale", "scale_schedule"  # taken by all guidances that need targets
-
 TINY = 1e-20  # avoids 0 / 0 where the gradient is 0: no targets, or a saturated classifier
 
 

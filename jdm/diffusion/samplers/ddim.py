@@ -18,14 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdm.arrays import Images
-from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, Level
 from jdm.diffusion.samplers.base import EpsFn, Sampler, Steps, angle, velocity
 from jdm.diffusion.samplers.times import Timesteps
-
-
-def draws_noise(method: Method) -> bool:
-    return method.eta > 0
 
 
 def ddim(diffusion, method):
@@ -34,12 +29,12 @@ def ddim(diffusion, method):
         sigma = method.eta * jnp.sqrt(diffusion.step_variance(visit.at_t, at_s))
         b = jnp.sqrt(jnp.maximum(at_s.variance - sigma**2, 0))
         x = jnp.sqrt(at_s.abar) * x0 + b * estimate.eps
-        return memory, x + sigma * draw() if draws_noise(method) else x
+        return memory, x + sigma * draw() if method.eta > 0 else x
 
     return Steps(step)
 
 
-SAMPLER = Sampler(ddim, draws_noise, takes=("eta",))
+SAMPLER = Sampler(ddim, draws_noise=lambda method: method.eta > 0, takes=("eta",))
 
 
 def ddim_inverse(
