@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STARTED := $(shell date +%s)
 PYTEST := $(BIN)/python -m pytest -n 2
+# Tests start many processes; none should compile Python's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check lint clean
 

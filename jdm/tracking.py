@@ -59,15 +59,13 @@ class MetricLog(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int, started: float):
-        from tensorboardX import SummaryWriter
-
         path = Path(workdir) / METRICS
         rows = [row for row in read_metrics(workdir) if row["step"] <= step]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._before = rows[-1]["seconds"] if rows else 0.0
         self._started = started
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+        self._events = _summary_writer()(str(workdir), purge_step=step + 1)
 
     def __exit__(self, *_):
         self._file.close()
@@ -81,6 +79,20 @@ class MetricLog(contextlib.AbstractContextManager):
         self._file.flush()
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+
+def _summary_writer() -> type:
+    """tensorboardX's SummaryWriter. PyTorch, which it imports where it can, is hidden from it: it
+    takes seconds to import, and scalars do not need it."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # importing it fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
