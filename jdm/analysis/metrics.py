@@ -8,6 +8,10 @@ import functools
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from scipy.spatial.distance import pdist
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
 
 Pixels = UInt8[np.ndarray, "_ h w c"]
 Labels = Int[np.ndarray, " _"]
@@ -31,25 +35,17 @@ class ReferenceClassifiers:
     """
 
     def __init__(self, images: Pixels, labels: Labels):
-        from sklearn.neighbors import KNeighborsClassifier
-        from sklearn.svm import SVC
-
         self._real = _flat(images), labels
         unfitted = {"svc": SVC(C=10), "1-nn": KNeighborsClassifier(n_neighbors=1)}
         self._classifiers = {name: one.fit(*self._real) for name, one in unfitted.items()}
 
     @functools.cached_property
     def _perceptron(self):
-        from sklearn.neural_network import MLPClassifier
-
         return MLPClassifier((FEATURES,), max_iter=1000, random_state=0).fit(*self._real)
 
     def agreement(self, images: Pixels, labels: Labels) -> dict[str, float]:
         """The accuracy of "svc" and of "1-nn" on these images, in [0, 1]."""
-        return {
-            name: float(np.mean(one.predict(_flat(images)) == labels))
-            for name, one in self._classifiers.items()
-        }
+        return {name: one.score(_flat(images), labels) for name, one in self._classifiers.items()}
 
     def features(self, images: Pixels) -> Float[np.ndarray, "_ d"]:
         """The hidden units of the perceptron after the ReLU; it is fitted at the first call."""
@@ -66,8 +62,7 @@ def frechet_distance(a: Float[np.ndarray, "_ d"], b: Float[np.ndarray, "_ d"]) -
     At least 0, in squared units of the features. It is biased upward, more so for fewer rows, so
     compare only distances from equally many rows. Raises ValueError for fewer than 2 rows.
     """
-    fewest = min(len(a), len(b))
-    if fewest < 2:
+    if (fewest := min(len(a), len(b))) < 2:
         raise ValueError(f"a covariance needs at least 2 rows of features, not {fewest}")
     a, b = a.astype(np.float64), b.astype(np.float64)
     s_a, s_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
@@ -82,8 +77,6 @@ def frechet_distance(a: Float[np.ndarray, "_ d"], b: Float[np.ndarray, "_ d"]) -
 
 def nearest_distances(train: Pixels, images: Pixels) -> Float[np.ndarray, " _"]:
     """The distance of each image to the nearest training image."""
-    from sklearn.neighbors import NearestNeighbors
-
     return NearestNeighbors(n_neighbors=1).fit(_flat(train)).kneighbors(_flat(images))[0][:, 0]
 
 
@@ -99,8 +92,6 @@ def nearest_neighbour_ratio(train: Pixels, test: Pixels, images: Pixels) -> dict
 
 def within_class_distance(images: Pixels, labels: Labels) -> Float[np.ndarray, " k"]:
     """The mean distance between two images of a class, for each class of at least two images."""
-    from scipy.spatial.distance import pdist
-
     classes, counts = np.unique(labels, return_counts=True)
     return np.array([pdist(_flat(images[labels == k])).mean() for k in classes[counts > 1]])
 

@@ -4,8 +4,7 @@ Owns the functions `encode`, `decode`, `classify` and `predict`, from which loss
 guidance are built. What the raw output stands for is defined in jdm.diffusion.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ class JointModel(nn.Module):
         """The hidden representations of x at noise level t; for perturbations see `UNet.encode`."""
         return self.unet.encode(x, t, perturbations, train)
 
-    def decode(self, features: Features, t: Times, train: bool = False) -> Float[Array, "b h w c2"]:
+    def decode(self, features: Features, t: Times, train: bool = False) -> Raw:
         """The raw output, float32 [B, H, W, C], or [B, H, W, 2C] with learned variance."""
         return self.unet.decode(features, t, train)
 
@@ -89,9 +88,7 @@ class JointModel(nn.Module):
     __call__ = predict
 
 
-def make_model(
-    model: Mapping[str, Any] | ConfigDict, exec: Mapping[str, Any] | ConfigDict
-) -> JointModel:
+def make_model(model: ConfigDict, exec: ConfigDict) -> JointModel:
     """The model of a config's sections `model` (what it is) and `exec` (how it is computed)."""
     return JointModel(**model, dtype=exec["dtype"], remat=exec["remat"])
 

@@ -34,15 +34,11 @@ class Features(NamedTuple):
 
 
 def level_sizes(image_size: int, levels: int) -> tuple[int, ...]:
-    """Side length of each level's feature maps: (28, 14, 7) for 28 pixels and three levels.
-
-    Raises InvalidValue if the side length cannot be halved from each level to the next.
-    """
+    """Each level's side length: (28, 14, 7) for 28. Raises InvalidValue if one cannot be halved."""
     factor = 2 ** (levels - 1)
     if image_size % factor:
-        allowed = (
-            f"does not divide by {factor}, as {levels} levels of config.model.multipliers need"
-        )
+        needed = f"{levels} levels of config.model.multipliers need"
+        allowed = f"does not divide by {factor}, as {needed}"
         raise InvalidValue("config.model.image_size", image_size, allowed)
     return tuple(image_size // 2**level for level in range(levels))
 
@@ -83,19 +79,15 @@ def conv3x3(channels: int, dtype, *, stride: int = 1, zero: bool = False, name=N
     return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=init, dtype=dtype, name=name)
 
 
-def nearest_up(x: Images) -> Array:
-    return x.repeat(2, axis=1).repeat(2, axis=2)
-
-
-def average_down(x: Images) -> Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
-
-
-RESIZES = {"none": lambda x: x, "up": nearest_up, "down": average_down}
+RESIZES = {
+    "none": lambda x: x,
+    "up": lambda x: x.repeat(2, axis=1).repeat(2, axis=2),
+    "down": lambda x: nn.avg_pool(x, (2, 2), (2, 2)),
+}
 
 
 class ConvResample(nn.Module):
-    """Between levels: a convolution with stride 2 ("down"), or `nearest_up` and one ("up").
+    """Between levels: a convolution with stride 2 ("down"), or pixels repeated, then one ("up").
 
     Has the fields and arguments of `ResBlock`, but uses neither dropout, embedding nor train.
     """
@@ -107,7 +99,7 @@ class ConvResample(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
-        x, stride = (nearest_up(x), 1) if self.resize == "up" else (x, 2)
+        x, stride = (RESIZES["up"](x), 1) if self.resize == "up" else (x, 2)
         return conv3x3(self.channels, self.dtype, stride=stride, name="conv")(x)
 
 
@@ -259,10 +251,8 @@ class UNet(nn.Module):
         skips: list[Array] = []
 
         def keep(h):
-            if perturbations is not None:
-                h = h + perturbations.skips[len(skips)]
-            skips.append(h)
-            return h
+            skips.append(h if perturbations is None else h + perturbations.skips[len(skips)])
+            return skips[-1]
 
         h = keep(self.stem(x.astype(self.dtype)))
         for level, blocks in enumerate(self.encoder):

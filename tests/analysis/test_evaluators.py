@@ -23,7 +23,7 @@ BATCH = 64  # of all calls but one, so that each model is compiled once
 def joint():
     """A model with random weights."""
     config = load_config("tiny")
-    model = make_model(dict(config.model), dict(config.exec))
+    model = make_model(config.model, config.exec)
     x, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,), jnp.int32)
     shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x, t), np.random.default_rng(0)
     weights = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(s.dtype), shapes)

@@ -10,14 +10,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jdm.nn.unet import (
+    RESIZES,
     Attention,
     Features,
     GroupNorm,
     UNet,
-    average_down,
     conv3x3,
     level_sizes,
-    nearest_up,
     time_embedding,
 )
 
@@ -133,10 +132,10 @@ def test_convolutions_pad_every_side_by_one_also_at_stride_two():
 
 def test_resizes_are_nearest_and_average():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    big = nearest_up(x)
+    big = RESIZES["up"](x)
     np.testing.assert_array_equal(big[0, :, :, 0], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
-    np.testing.assert_array_equal(average_down(big), x)
-    assert average_down(x).item() == 1.5
+    np.testing.assert_array_equal(RESIZES["down"](big), x)
+    assert RESIZES["down"](x).item() == 1.5
 
 
 def test_attention_orders_are_the_same_columns_in_another_order():

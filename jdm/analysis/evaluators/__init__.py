@@ -3,7 +3,6 @@
 Each file defines EVALUATOR, a function (joint, split, options) -> iterator of (name, value).
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from jdm import names
@@ -23,4 +22,4 @@ def evaluate(
     evaluator cannot use.
     """
     chosen = [EVALUATORS[names.check_name("metrics", name, EVALUATORS)] for name in metrics]
-    return itertools.chain.from_iterable(one(joint, split, options) for one in chosen)
+    return (found for one in chosen for found in one(joint, split, options))

@@ -1,14 +1,13 @@
 """The type of evaluators, and the options that they are given."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from jdm.data.splits import Split
 from jdm.joint import Joint
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(NamedTuple):
     """batch_size: images that the network evaluates at once; it does not change the values."""
 
     batch_size: int

@@ -20,7 +20,6 @@ def classification(
     """Yields ("accuracy", in [0, 1]) and ("cross_entropy", in nats) of clean images at t = 0.
 
     Both are means over the labels that are not -1: those of images [N], or of attributes [N, K].
-
     Raises InvalidValue for a split without labels.
     """
     cross_entropy_fn, sums = ENTROPIES[joint.model.multi_label], np.zeros(3)

@@ -16,7 +16,6 @@ class BatchNorm(nn.Module):
     x: [B, D]. In training it normalises by the mean and the biased variance of the batch, and moves
     the running statistics (collection batch_stats) by a tenth towards that mean and the unbiased
     variance; `count` is the number of such updates. Otherwise it uses the running statistics.
-
     Raises InvalidValue for a batch of one row in training, which has no unbiased variance.
     """
 
