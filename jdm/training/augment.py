@@ -8,7 +8,6 @@ mixes pairs of images of a batch. Lengths are shares of the image's side, for im
 (15)  MixUp        x = (1 - s) x_i + s x_j,  L = (1 - s) CE(y_i) + s CE(y_j)   Zhang et al. 2018
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -28,34 +27,26 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and kornia weigh red, green
 
 
 def sample_at(image: Image, y: Array, x: Array, fill: float | None) -> Image:
-    """The image at fractional rows y and columns x [H, W], by bilinear interpolation.
-
-    fill: the value outside the image; None repeats the pixels at the edge.
-    """
+    """The image at y, x [H, W], bilinear. fill: the value outside; None repeats the edge pixels."""
     mode = dict(mode="nearest") if fill is None else dict(mode="constant", cval=fill)
     sample: Callable = partial(jax.scipy.ndimage.map_coordinates, order=1, **mode)
     return jax.vmap(sample, in_axes=(-1, None), out_axes=-1)(image, [y, x])
 
 
 def affine(
-    image: Image, degrees: Scalar, scale: Scalar, down: Scalar, right: Scalar, fill: float | None
+    image: Image, degrees: Scalar, fill: float | None, scale: Scalar = 1.0, shift: tuple = (0, 0)
 ) -> Image:
     """The image rotated counter-clockwise about its centre, enlarged by `scale`, then shifted.
 
-    down, right: the shift, as shares of the side. fill: see `sample_at`.
+    shift: down and to the right, as shares of the side. fill: see `sample_at`.
     """
-    height, width, _ = image.shape
+    (height, width, _), (down, right) = image.shape, shift
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     y, x = y - middle_y - down * height, x - middle_x - right * width
     angle = jnp.deg2rad(degrees)
     cos, sin = jnp.cos(angle) / scale, jnp.sin(angle) / scale
     return sample_at(image, middle_y + sin * x + cos * y, middle_x + cos * x - sin * y, fill)
-
-
-def rotate(image: Image, degrees: Scalar, fill: float | None) -> Image:
-    """The image rotated counter-clockwise about its centre. fill: see `sample_at`."""
-    return affine(image, degrees, 1.0, 0.0, 0.0, fill)
 
 
 def resized_crop(image: Image, top: Scalar, left: Scalar, height: Scalar, width: Scalar) -> Image:
@@ -91,7 +82,7 @@ def random_affine(
     """Rotated by up to ±degrees, scaled by 1 ± scale, shifted by up to ±shift of the side."""
     angle, size, down, right = 2 * u - 1
     # Edge pixels are repeated: the background of digits may have any grey.
-    return affine(image, degrees * angle, 1 + scale * size, shift * down, shift * right, fill=None)
+    return affine(image, degrees * angle, None, 1 + scale * size, (shift * down, shift * right))
 
 
 def padded_crop(image: Image, u: Float[Array, "2"], share: float) -> Image:
@@ -192,8 +183,7 @@ class MixUp(NamedTuple):
     labels: bool  # whether the loss uses both labels of a mixed image
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """Operations, in this order, then MixUp. noised: whether noised images may be augmented."""
 
     operations: tuple[Operation, ...]
@@ -231,7 +221,7 @@ def deja(pixels: Callable, corner: float, contrast: Callable, brightness: Callab
     return (
         Operation(0.25, pixels(jitter_all), draws=8, colour=True),
         Operation(0.25, partial(random_resized_crop, area=(0.5, 1.0)), draws=22),
-        Operation(0.25, between(-30.0, 30.0, partial(rotate, fill=corner))),
+        Operation(0.25, between(-30.0, 30.0, partial(affine, fill=corner))),
         Operation(0.5, flip, draws=0),
         Operation(0.25, pixels(between(0.6, 1.8, contrast))),
         Operation(0.25, pixels(between(0.4, 2.0, sharpness))),
@@ -280,10 +270,7 @@ class Pairs(NamedTuple):
 
 @partial(jax.jit, static_argnames="policy")
 def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images, Pairs | None]:
-    """(augmented images, the pairs if their labels count for both images, else None).
-
-    images: in [-1, 1], before and after.
-    """
+    """(augmented images in [-1, 1], the pairs if mixed images have two labels, else None)."""
     image_key, batch_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, jnp.arange(len(images)))
     # One draw for all numbers of an image: each draw takes about a second to compile.

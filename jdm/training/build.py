@@ -16,7 +16,7 @@ from optax import GradientTransformation
 from jdm import names
 from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
-from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
+from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.training.loss import JointLoss
 from jdm.training.step import TrainState, init_state, train_step
 from jdm.training.t_sampler import T_SAMPLERS
@@ -36,9 +36,7 @@ def make_optimiser(
     """AdamW. Its learning rate rises linearly to `lr`, then follows `schedule` to total_steps.
 
     clip_norm: upper limit of the gradient's global norm; 0 is no limit. adamw: b1, b2 and
-    weight_decay.
-
-    Raises InvalidValue for an unknown schedule.
+    weight_decay. Raises InvalidValue for an unknown schedule.
     """
     names.check_name("config.optim.schedule", schedule, LR_SCHEDULES)
     after = LR_SCHEDULES[schedule](lr, total_steps - warmup_steps)
@@ -65,10 +63,10 @@ def freeze_unused(optimiser: GradientTransformation, loss_fn: JointLoss) -> Grad
     params = jax.eval_shape(init, jax.random.key(0), *example_inputs(model))["params"]
     trained = {path for path, _ in jax.tree.leaves_with_path(params)}
 
-    def group(path, _):
-        return "trained" if path in trained else "frozen"
+    def groups(params):
+        label = {True: "trained", False: "frozen"}
+        return jax.tree.map_with_path(lambda path, _: label[path in trained], params)
 
-    groups = functools.partial(jax.tree.map_with_path, group)
     return optax.multi_transform({"trained": optimiser, "frozen": optax.set_to_zero()}, groups)
 
 
@@ -87,12 +85,8 @@ class Run(NamedTuple):
 
 
 def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
-    """The parts of a run. Computes no array yet.
-
-    Raises InvalidValue, naming the config key, for values that contradict each other.
-    """
+    """The parts of a run; computes no array. Raises InvalidValue for values that do not fit."""
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
-    check_shape(model)
     loss_fn = JointLoss(model, diffusion, config.loss)
     optimiser = make_optimiser(**config.optim, total_steps=config.train.steps)
     optimiser = freeze_unused(optimiser, loss_fn)
@@ -103,9 +97,6 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
         allowed = f"depends on the {t_sampler.term} term, which {missing}"
         raise InvalidValue("config.train.t_sampler", name, allowed, "uniform is needed")
     init = functools.partial(init_state, model, optimiser, t_sampler)
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=state_sharding)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    abstract = jax.tree.map(lambda x: struct(x.shape, x.dtype), shapes)
     parts = dict(loss_fn=loss_fn, t_sampler=t_sampler, optimiser=optimiser)
     ema = dict(decay=config.train.ema_decay, warmup=config.train.ema_warmup)
     step = functools.partial(train_step, **parts, **ema, accumulate=config.exec.accumulate)
@@ -113,4 +104,4 @@ def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init_fn = jax.jit(init, out_shardings=state_sharding, compiler_options=options)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=state_sharding)
-    return Run(model, diffusion, abstract, init_fn, step_fn)
+    return Run(model, diffusion, init_fn.eval_shape(jax.random.key(0)), init_fn, step_fn)

@@ -35,9 +35,8 @@ from jdm.training.terms.base import Batch, Input, Keys, Metrics, Outputs, PerRow
 class JointLoss:
     """The joint loss of a model under a diffusion.
 
-    settings: the section config.loss; jdm.configs.base describes its keys.
-
-    Raises InvalidValue, naming the key, for a setting that is not allowed or contradicts another.
+    settings: the section config.loss; jdm.configs.base describes its keys. Raises InvalidValue,
+    naming the key, for a setting that is not allowed or contradicts another.
     """
 
     model: JointModel
@@ -101,26 +100,13 @@ class JointLoss:
 
         The loss is the sum over these rows, a whole batch or a part of it. key: for dropout.
         """
-        outputs, batch_stats = self._outputs(params, batch_stats, rows.inputs, key)
-        loss, values = jnp.zeros(()), {}
-        metrics: Metrics = {}
-        for name, term in self.terms.items():
-            values[name], logged = term.values(self, rows, outputs)
-            loss += (rows.shares[name] * values[name]).sum()  # (9)
-            metrics |= logged
-        return loss, (batch_stats, metrics, values)
-
-    def _outputs(
-        self, params, batch_stats, inputs: OrderedDict[str, Input], key: Key[Array, ""]
-    ) -> tuple[dict[str, Outputs], Any]:
-        """({input: Outputs}, the next batch_stats)."""
         weights, rngs = {"params": params, "batch_stats": batch_stats}, {"dropout": key}
 
         def apply(method: str, args: dict[str, tuple]) -> dict[str, Any]:
             """{input: result}: one call for all inputs, because a head may normalise over rows."""
             if not args:
                 return {}
-            joined = jax.tree.map(lambda *rows: jnp.concatenate(rows), *args.values())
+            joined = jax.tree.map(lambda *x: jnp.concatenate(x), *args.values())
             found, updated = self.model.apply(
                 weights, *joined, train=True, method=method, rngs=rngs, mutable=["batch_stats"]
             )
@@ -129,9 +115,17 @@ class JointLoss:
             parts = zip(*(jnp.split(leaf, len(args)) for leaf in leaves), strict=True)
             return dict(zip(args, (jax.tree.unflatten(structure, p) for p in parts), strict=True))
 
+        inputs = rows.inputs
         features = apply("encode", {name: given[:2] for name, given in inputs.items()})
         encoded = {name: (features[name], inputs[name].t) for name in inputs}
         raw = apply("decode", {k: encoded[k] for k in inputs if k in self.decoded})
         logits = apply("classify", {k: encoded[k] for k in inputs if k in self.classified})
         outputs = {name: Outputs(raw.get(name), logits.get(name)) for name in inputs}
-        return outputs, weights["batch_stats"]
+
+        loss, values = jnp.zeros(()), {}
+        metrics: Metrics = {}
+        for name, term in self.terms.items():
+            values[name], logged = term.values(self, rows, outputs)
+            loss += (rows.shares[name] * values[name]).sum()  # (9)
+            metrics |= logged
+        return loss, (weights["batch_stats"], metrics, values)

@@ -17,12 +17,12 @@ from jdm.training.step import TrainState
 def new_arrays(ours: Any, saved: Any) -> list[str]:
     """Names, such as head/out/kernel, of the arrays that keep their initial values.
 
-    ours, saved: {params, batch_stats} of the new run and of the other one.
-
-    Raises InvalidValue about config.train.init_from if an array outside the head differs in shape
-    or dtype, or exists in one of the two only.
+    ours, saved: {params, batch_stats} of the new run and of the other one. Raises InvalidValue
+    about config.train.init_from if an array outside the head is not in both, with the same shape
+    and dtype.
     """
-    differ = {_name(found.path): found for found in trees.differences(ours, saved)}
+    # A name leaves out the collection, params or batch_stats.
+    differ = {one.path.partition("/")[2]: one for one in trees.differences(ours, saved)}
     unfit = [name for name in differ if not name.startswith("head/")]
     if unfit:
         _, here, there = differ[unfit[0]]
@@ -35,14 +35,9 @@ def new_arrays(ours: Any, saved: Any) -> list[str]:
 def warm_started(state: TrainState, saved: Any) -> TrainState:
     """The state before the first step, with the saved {params, batch_stats} where they fit."""
     ours = {"params": state.params, "batch_stats": state.batch_stats}
-    new, saved = set(new_arrays(ours, saved)), trees.leaves(saved)
-    leaves = [x if _name(path) in new else saved[path] for path, x in trees.leaves(ours).items()]
+    differ, saved = {one.path for one in trees.differences(ours, saved)}, trees.leaves(saved)
+    leaves = [x if path in differ else saved[path] for path, x in trees.leaves(ours).items()]
     weights = jax.tree.unflatten(jax.tree.structure(ours), leaves)
     # The EMA is a copy: a buffer that a step donates twice is an error.
     ema = jax.tree.map(jnp.copy, weights)
     return state.replace(**weights, ema=ema)  # type: ignore[attr-defined]  # of flax.struct
-
-
-def _name(path: str) -> str:
-    """The path of an array, without its collection params or batch_stats."""
-    return path.partition("/")[2]

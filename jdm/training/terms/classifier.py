@@ -71,10 +71,7 @@ def mixed(given: Input, of_label: Callable) -> Any:
 
 
 def shares(loss, inputs, importance: PerRow, step: Int[Array, ""]) -> PerRow:
-    """lambda of (9) / the number of labels in (11), the same for each row.
-
-    lambda is 0 in the first config.loss.classify_after steps.
-    """
+    """lambda / number of labels (9, 11), for each row; lambda is 0 before step classify_after."""
 
     def known(label):
         return (label >= 0).reshape(len(label), -1).sum(axis=1)
