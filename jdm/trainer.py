@@ -98,27 +98,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
             log.write(done, done * rows, row)
             values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             progress.say(f"step {done}  {values}")
-            if saves:
-                save(config, workdir, state, batches)
+            if saves:  # everything that the next step depends on
+                rest = dict(data=batches.get_state(), config=config_to_dict(config))
+                checkpoint.save(workdir, done, **_trees(state), **rest, keep=config.checkpoint.keep)
             since = time.monotonic()
 
 
-def due(config: ConfigDict, done: int) -> tuple[bool, bool, bool]:
+def due(config: ConfigDict, done: int) -> list[bool]:
     """Whether the run logs, evaluates and saves after `done` steps; the last step does all."""
-    last = done == config.train.steps
-    intervals = (config.log.every, config.eval.every, config.checkpoint.every)
-    log, evaluates, saves = (last or (every > 0 and done % every == 0) for every in intervals)
-    return log, evaluates, saves
-
-
-# Before the first step ---------------------------------------------------------------------------
+    last, intervals = done == config.train.steps, (config.log, config.eval, config.checkpoint)
+    return [last or (one.every > 0 and done % one.every == 0) for one in intervals]
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
-    """The model, optimiser and step of a run. Makes all checks of the config that need no data.
-
-    Raises InvalidValue.
-    """
+    """The parts of a run. Raises InvalidValue, from all checks of the config that need no data."""
     facts = check_config_fits(config.data, config.model, config.eval)
     parts, name = config.exec.accumulate, "config.data.batch_size"
     name += " / config.exec.accumulate" * (parts > 1)
@@ -137,9 +130,8 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Raises InvalidValue where the work folder holds a run with another config."""
     path = workdir / "config.json"
-    if not path.exists():
-        return
-    if differing := differences(config_from_dict(json.loads(path.read_text())), config):
+    stored = config_from_dict(json.loads(path.read_text())) if path.exists() else config
+    if differing := differences(stored, config):
         allowed = f"holds a run with another config ({'; '.join(differing)})"
         hint = "choose another folder, or the same values"
         raise InvalidValue("workdir", str(workdir), allowed, hint)
@@ -149,8 +141,7 @@ def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
     """(the training batches, the split to evaluate on)."""
     model, data = config.model, config.data
     options = ReadOptions.of(data, model)
-    kept = dict(limit=data.limit, labelled_fraction=data.labelled_fraction)
-    kept |= dict(labelled_per_class=data.labelled_per_class, unlabelled=data.unlabelled)
+    kept = {k: data[k] for k in ("limit", "labelled_fraction", "labelled_per_class", "unlabelled")}
     images, labels = training_set(data.name, options, seed=config.seed, **kept)
     evaluated = load_split(data.name, config.eval.split, options)
     check_not_empty(labels, evaluated.labels, data, config.eval)
@@ -193,14 +184,8 @@ def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[
     }
 
 
-# Where a run begins ------------------------------------------------------------------------------
-
-
 def warm_source(config: ConfigDict, run: Run) -> Joint | None:
-    """The model at train.init_from; None where that is "".
-
-    Raises InvalidValue where it cannot be loaded or its network does not fit.
-    """
+    """The model at train.init_from; None for "". Raises InvalidValue where it cannot be used."""
     path = config.train.init_from
     if not path:
         return None
@@ -231,8 +216,7 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
     """
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
         print(f"resuming from step {step} of {workdir}")
-        trees = dict(weights=run.state.ema, train_state=_without_ema(run.state))
-        items = checkpoint.restore(workdir, step, **trees)
+        items = checkpoint.restore(workdir, step, **_trees(run.state))
         batches.set_state(checkpoint.read_data(workdir, step))
         return TrainState(ema=items["weights"], **items["train_state"])
     print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
@@ -240,30 +224,14 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
     return warm_started(run.init(root), weights)
 
 
-def save(config: ConfigDict, workdir: Path, state: TrainState, batches: TrainBatches) -> None:
-    """Saves a checkpoint of everything that the next step depends on."""
-    checkpoint.save(
-        workdir,
-        int(state.step),
-        weights=state.ema,
-        train_state=_without_ema(state),
-        data=batches.get_state(),
-        config=config_to_dict(config),
-        keep=config.checkpoint.keep,
-    )
-
-
-def _without_ema(state: TrainState) -> dict[str, Any]:
-    """The checkpoint's item `train_state`. The EMA is saved as the item `weights` instead."""
-    items = vars(state).items()
-    return {name: value for name, value in items if name != "ema" and value is not None}
+def _trees(state: TrainState) -> dict[str, Any]:
+    """A state as items of a checkpoint: `weights`, the EMA, and `train_state`, the rest."""
+    rest = {name: value for name, value in vars(state).items() if value is not None}
+    return dict(weights=rest.pop("ema"), train_state=rest)
 
 
 def fetch(pending: list[dict], first: int) -> dict[str, float]:
-    """{"train/name": mean over the steps}. first: the number of the first step.
-
-    Raises NonFiniteError.
-    """
+    """{"train/name": mean over the steps}. first: the first step. Raises NonFiniteError."""
     rows = jax.device_get(pending)  # the training loop reads from the device only here
     for number, row in enumerate(rows, first):
         for name, (total, _) in row.items():
@@ -272,9 +240,6 @@ def fetch(pending: list[dict], first: int) -> dict[str, float]:
                     f"{name} is {total} at step {number}; nothing was saved since the last "
                     "checkpoint; a lower optim.lr or a higher optim.warmup_steps may help"
                 )
-    means = {}
-    for name in rows[0]:
-        total, count = np.array([row[name] for row in rows], np.float64).sum(axis=0)
-        if count:  # 0 where no image has a label
-            means[f"train/{name}"] = total / count
-    return means
+    sums = {name: np.array([row[name] for row in rows], np.float64).sum(axis=0) for name in rows[0]}
+    # The count is 0 where no image has a label.
+    return {f"train/{name}": total / count for name, (total, count) in sums.items() if count}
