@@ -18,6 +18,7 @@ import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 
 COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
+GROUPS = {"data": "Data sets: list, prepare or show."}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"jdm.cli.{name.replace(' ', '_')}")
         example, (group, _, last) = f"example: {module.EXAMPLE}", name.rpartition(" ")
         if group not in groups:
-            text = importlib.import_module(f"jdm.cli.{group}").HELP
+            text = GROUPS[group]
             parent = groups[""].add_parser(group, help=text, description=text, epilog=example)
             groups[group] = parent.add_subparsers(dest="action", required=True, metavar="action")
         command = groups[group].add_parser(

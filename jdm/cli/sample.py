@@ -46,16 +46,15 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     seeds = parse_numbers("seeds", arguments.seeds)
     weights = None if arguments.labels is None else parse_labels(arguments.labels)
-    given = {name: getattr(arguments, name) for name in OPTIONS}
-    given = {
-        name: OPTIONS[name].read(name, text) for name, text in given.items() if text is not None
-    }
+    texts = {name: getattr(arguments, name) for name in OPTIONS}
+    given = {k: OPTIONS[k].read(k, text) for k, text in texts.items() if text is not None}
     method = method_of(None, given)
     out = check_parent("out", arguments.out)
     _check_hosts(arguments)
 
     use_compilation_cache()
-    _join_hosts(arguments)
+    if arguments.distributed:
+        _join_hosts(arguments)
     from jdm.sampling import runs
     from jdm.sampling.request import check_request
     from jdm.sampling.samples import check_format
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     trajectory = check_format(out) == ".gif"
     joint = load_joint("checkpoint", arguments.checkpoint)
     classifier = arguments.classifier and load_joint("classifier", arguments.classifier)
-    model, n = joint.model, len(seeds)
+    model, n, batch_size = joint.model, len(seeds), arguments.batch_size
     labels = weights and cycled(weights, n, model.num_classes, model.multi_label)
     try:
         request = check_request(
@@ -73,14 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
             method=method,
             classifier=classifier or None,
             trajectory=trajectory,
-            batch_size=arguments.batch_size,
+            batch_size=batch_size,
         )
     except InvalidValue as error:
         raise (error.about("checkpoint") if error.parameter == "joint" else error) from None
     paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
     settings = request.settings(joint, **paths)
-    options = dict(resume=arguments.resume, batch_size=arguments.batch_size)
-    done = runs.run(joint, request, settings, out, **options)
+    done = runs.run(joint, request, settings, out, resume=arguments.resume, batch_size=batch_size)
     print(f"wrote {n} images to {out}" if done else f"{out} is complete already")
 
 
@@ -95,9 +93,7 @@ def _check_hosts(arguments: argparse.Namespace) -> None:
 
 
 def _join_hosts(arguments: argparse.Namespace) -> None:
-    """With --distributed: connects this process with the other hosts; waits for them."""
-    if not arguments.distributed:
-        return
+    """Connects this process with the other hosts; waits for them."""
     import jax
 
     try:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jdm.config import config_names
 from jdm.errors import InvalidValue
 from jdm.pretrained import PRETRAINED
 
@@ -21,8 +22,6 @@ def add_data_dir(command: argparse.ArgumentParser) -> None:
 
 def add_config(command: argparse.ArgumentParser, required: bool) -> None:
     """The flags --config and --config.SECTION.KEY."""
-    from jdm.config import config_names
-
     add, text = command.add_argument, f"{', '.join(config_names())}, or the path of a .py file"
     add("--config", required=required, help=text)
     text = "override a value of the config"

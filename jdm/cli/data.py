@@ -1,3 +1,0 @@
-"""jdm data"""
-
-HELP = "Data sets: list, prepare or show."
