@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from optax import GradientTransformation
 
 from jdm import names
@@ -85,7 +85,18 @@ class Run(NamedTuple):
 
 
 def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
-    """The parts of a run; computes no array. Raises InvalidValue for values that do not fit."""
+    """The parts of a run; computes no array. Raises InvalidValue for values that do not fit.
+
+    The parts are kept, and their compiled programs with them: another run of the same config in the
+    same process compiles nothing.
+    """
+    read = {name: config[name] for name in ("model", "exec", "diffusion", "loss", "optim")}
+    train = {name: config.train[name] for name in ("steps", "t_sampler", "ema_decay", "ema_warmup")}
+    return _build(FrozenConfigDict(read | {"train": train}), state_sharding)
+
+
+@functools.lru_cache(maxsize=8)
+def _build(config: FrozenConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     loss_fn = JointLoss(model, diffusion, config.loss)
     optimiser = make_optimiser(**config.optim, total_steps=config.train.steps)
