@@ -11,7 +11,8 @@ Owns `<workdir>/checkpoints/` and everything in it:
     checkpoints/<step>.bad               a damaged step that was set aside; never deleted
 
 Two promises. A step has its final name only when it is complete: its files are written to another
-folder, synced, and renamed once. (Object stores rename file by file; there the checksums show
+folder, read back (the names, shapes and dtypes of all arrays, not their values), synced, and
+renamed once. (Object stores rename file by file; there the checksums show
 whether all files have arrived.) And only what was saved is restored: Orbax does not notice a
 flipped bit, so files are compared with their checksums first.
 
@@ -36,7 +37,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jdm.errors import NO_VALUE, Failure, InvalidValue
-from jdm.orbax import HANDLERS, checkpointer, quiet
+from jdm.orbax import HANDLERS, checkpointer, literal, quiet
 from jdm.trees import differences, leaves
 
 CHECKSUMS = "checksums.json"
@@ -72,17 +73,19 @@ def save(
     final, partial = folder / str(step), folder / f"{step}.partial"
     if final.exists():
         raise CheckpointError(f"{final} exists already and is not overwritten")
-    items = {"weights": weights, "train_state": train_state}
-    args = {k: ocp.args.StandardSave(v) for k, v in items.items() if v is not None}
-    items = {"data": data, "config": config}
-    args |= {k: ocp.args.JsonSave(v) for k, v in items.items() if v is not None}
+    items = dict(weights=weights, train_state=train_state, data=data, config=config)
+    items = {item: value for item, value in items.items() if value is not None}
+    json_args, tree_args = ocp.args.JsonSave, ocp.args.StandardSave
+    args = {k: (json_args if _is_json(k) else tree_args)(v) for k, v in items.items()}
     writer = jax.process_index() == 0
     try:
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
-        with checkpointer() as writing:
-            writing.save(partial, args=ocp.args.Composite(**args))
+        with literal(folder) as plain:
+            with checkpointer() as writing:
+                writing.save(plain / partial.name, args=ocp.args.Composite(**args))
+            _check_saved(plain / partial.name, items)
         if writer:
             _seal(partial)
             partial.rename(final)
@@ -224,31 +227,52 @@ def _read(
     """{item: abstract target, or None for JSON} -> {item: what was saved}."""
     verify(workdir, step, items=targets)
     root = _folder(workdir) / str(step)
-    args = {}
-    for item, target in targets.items():
+    for item in targets:
         if not (root / item).is_dir():
             raise CheckpointError(f"{root} holds no {item}")
-        if HANDLERS[item] is ocp.JsonCheckpointHandler:
-            args[item] = ocp.args.JsonRestore()
-        else:
-            _check_fits(root / item, target, widen)
-            args[item] = ocp.args.StandardRestore(target)
+    with literal(root.parent) as plain:
+        for item, target in targets.items():
+            if not _is_json(item):
+                _check_fits(plain / root.name / item, target, widen, shown=root / item)
+        return _load(plain / root.name, targets)
+
+
+def _is_json(item: str) -> bool:
+    return HANDLERS[item] is ocp.JsonCheckpointHandler
+
+
+def _load(root: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """What Orbax restores of a folder; see `_read`."""
+    json_args, tree_args = ocp.args.JsonRestore, ocp.args.StandardRestore
+    args = {k: json_args() if _is_json(k) else tree_args(v) for k, v in targets.items()}
     with checkpointer() as reading:
         restored = reading.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}
 
 
-def _check_fits(path: epath.Path, target: PyTree, widen: bool) -> None:
+def _check_saved(root: epath.Path, items: dict[str, Any]) -> None:
+    """Raises an error where what was just saved cannot be read; the arrays are not read."""
+    for item, value in items.items():
+        if not _is_json(item):
+            _check_fits(root / item, value)
+    _load(root, {item: None for item in items if _is_json(item)})
+
+
+def _check_fits(
+    path: epath.Path, target: PyTree, widen: bool = False, shown: epath.Path | None = None
+) -> None:
     """Raises CheckpointError where a saved pytree does not fit its target.
 
-    Orbax does not name the array when shapes differ, and casts dtypes without asking.
+    Orbax does not name the array when shapes differ, and casts dtypes without asking. shown: the
+    path in the error.
     """
     with quiet():
         saved = ocp.StandardCheckpointHandler().metadata(path).tree
     wanted_leaves, saved_leaves = leaves(target), leaves(saved)
     for at, wanted, found in differences(target, saved):
         if not (widen and _widens(saved_leaves.get(at), wanted_leaves.get(at))):
-            raise CheckpointError(f"{path} does not fit at {at}: expected {wanted}, found {found}")
+            said = f"does not fit at {at}: expected {wanted}, found {found}"
+            raise CheckpointError(f"{shown or path} {said}")
 
 
 def _widens(saved: Any, wanted: Any) -> bool:

@@ -150,6 +150,17 @@ def test_relative_and_str_paths(saved, monkeypatch):
     assert_same(checkpoint.restore(relative, 7, weights=abstract(weights))["weights"], weights)
 
 
+@pytest.mark.parametrize("name", ["lr[0-1]", "a*b", "a\\b", "~x", "ä #%20", os.fsdecode(b"\xe9")])
+def test_the_name_of_the_work_folder_is_not_a_pattern(tmp_path, name):
+    weights = {"w": np.arange(3, dtype=np.float32)}
+    checkpoint.save(tmp_path / name, 1, weights=weights, config=CONFIG, keep=1)
+    moved = (tmp_path / name).rename(tmp_path / f"{name}!")
+    got = checkpoint.restore(moved, 1, weights=abstract(weights))["weights"]
+    np.testing.assert_array_equal(got["w"], weights["w"])
+    assert checkpoint.read_config(moved, 1) == CONFIG
+    assert os.listdir(tmp_path) == [f"{name}!"]  # nothing was written elsewhere
+
+
 def test_weights_need_no_train_state(copy, saved):
     """Sampling neither reads nor hashes the optimiser; training notices that it is missing."""
     weights = saved[1]["weights"]
