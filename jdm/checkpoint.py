@@ -9,6 +9,7 @@ Owns `<workdir>/checkpoints/` and everything in it:
                        checksums.json    SHA-256 of every other file, {relative path: hex digest}
     checkpoints/<step>.partial           an interrupted save; the next save removes it
     checkpoints/<step>.bad               a damaged step that was set aside; never deleted
+    checkpoints/<step>.kept              what a person had put into a step that was deleted
 
 Two promises. A step has its final name only when it is complete: its files are written to another
 folder, read back (the names, shapes and dtypes of all arrays, not their values), synced, and
@@ -22,11 +23,11 @@ folder. In a job of several processes all of them call `save`, `newest_whole` an
 together, on one shared file system.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.files import read_json
 from jdm.orbax import HANDLERS, checkpointer, literal, quiet
+from jdm.step_files import ASIDE, CHECKSUMS, PARTIAL, files_of, free, sweep, sweep_failed, walk
 from jdm.trees import differences, leaves
-
-CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(Failure):
@@ -81,7 +82,7 @@ def save(
     try:
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
+            sweep(folder)
         with literal(folder) as plain:
             with checkpointer() as writing:
                 writing.save(plain / partial.name, args=ocp.args.Composite(**args))
@@ -92,14 +93,14 @@ def save(
             _sync(folder)
     except Exception as error:  # Orbax, tensorstore and the OS each raise types of their own
         if writer:
-            _sweep_failed(folder)
+            sweep_failed(folder)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
         for old in [s for s in steps(workdir)[:-keep] if s != step]:
             try:  # renamed first, so that a half-deleted step does not have its final name
                 (folder / str(old)).rename(folder / f"{old}.partial")
-                _sweep(folder)
+                sweep(folder)
             except OSError as error:
                 raise CheckpointError(f"saved {final}, could not delete {old}: {error}") from error
     multihost_utils.sync_global_devices(f"jdm.checkpoint.save {step}")
@@ -128,27 +129,36 @@ def newest(workdir: epath.PathLike) -> int:
 
 
 def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) -> int | None:
-    """The highest step that passes `verify`, which training resumes from; None where none does.
+    """The highest step that passes `verify`, which training resumes from; None of a new folder.
 
     Damaged steps above it are set aside: renamed to `<step>.bad` (or `<step>.bad-2`, ..., if that
     name is taken) and reported through `log`, one line each.
+
+    Raises CheckpointError, and renames nothing, where there are steps and none is whole: a run
+    never starts again from the beginning where it has been further.
     """
-    found = -1
+    folder, found, damaged = _folder(workdir), -1, {}
     if jax.process_index() == 0:
-        folder = _folder(workdir)
         for step in reversed(steps(workdir)):
             try:
                 verify(workdir, step)
             except CheckpointError as error:
-                aside, n = folder / f"{step}.bad", 2
-                while aside.exists():
-                    aside, n = folder / f"{step}.bad-{n}", n + 1
-                (folder / str(step)).rename(aside)
-                log(f"set aside a damaged checkpoint as {aside}: {error}")
+                damaged[step] = error
             else:
                 found = step
                 break
+        aside = folder.is_dir() and any(ASIDE.fullmatch(path.name) for path in folder.iterdir())
+        if found < 0 and (damaged or aside):
+            found = -2
+        for step, why in damaged.items() if found >= 0 else ():
+            bad = free(folder / f"{step}.bad")
+            (folder / str(step)).rename(bad)
+            log(f"set aside a damaged checkpoint as {bad}: {why}")
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == -2:
+        first = f" ({next(iter(damaged.values()))})" if damaged else ""
+        hint = "move this folder away to train from the beginning, or choose another work folder"
+        raise CheckpointError(f"no checkpoint in {folder} is whole{first}; {hint}")
     return None if found < 0 else found
 
 
@@ -158,29 +168,24 @@ def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(H
     items: only the files of these items are compared, and files that belong to no item, so that
     `jdm.load` need not read the optimiser's state.
 
-    Raises CheckpointError where a file is missing, differs from its checksum, or has none. Hidden
-    files need none: file managers and network file systems create them.
+    Raises CheckpointError where a file is missing or differs from its checksum, and where no file
+    of an item has one. Files that are not listed are ignored: the system or a person added them.
     """
     root, items = _folder(workdir) / str(step), set(items)
     if not root.is_dir():
         raise CheckpointError(_absent(root.parent, f"checkpoint of step {step}"))
-    try:
-        expected = json.loads((root / CHECKSUMS).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{root / CHECKSUMS} is missing") from None
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise CheckpointError(f"{root / CHECKSUMS} is damaged: {error}") from None
-    files = _files(root)
-    for name in sorted(expected.keys() | files.keys()):
-        top, below, _ = name.partition("/")
-        if below and top not in items:
+    expected, files = _checksums(root), files_of(root)
+    for name in sorted(expected):
+        top = name.partition("/")[0]
+        if top in HANDLERS and top not in items:
             continue
         if name not in files:
             raise CheckpointError(f"{root / name} is missing")
-        if name in expected and _digest(files[name]) != expected[name]:
+        if _digest(files[name]) != expected[name]:
             raise CheckpointError(f"{root / name} is damaged: it differs from its checksum")
-        if name not in expected and not files[name].name.startswith("."):
-            raise CheckpointError(f"{root / name} is not listed in {CHECKSUMS}")
+    for item in items:
+        if (root / item).is_dir() and not any(name.startswith(f"{item}/") for name in expected):
+            raise CheckpointError(f"{root / item} is not listed in {CHECKSUMS}")
 
 
 def restore(
@@ -214,6 +219,14 @@ def restore(
 def read_config(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     """The config that was saved with a step. Raises CheckpointError as `restore` does."""
     return _read(workdir, step, {"config": None})["config"]
+
+
+def stored_config(workdir: epath.PathLike) -> tuple[int, dict[str, Any]] | None:
+    """(step, config) of the highest step whose config is whole; None where there is none."""
+    for step in reversed(steps(workdir)):
+        with contextlib.suppress(CheckpointError):
+            return step, read_config(workdir, step)
+    return None
 
 
 def read_data(workdir: epath.PathLike, step: int) -> Any:
@@ -293,21 +306,18 @@ def _absent(folder: epath.Path, wanted: str) -> str:
     if not folder.is_dir():
         return f"no {wanted} in {folder}, which does not exist"
     names = sorted(path.name for path in folder.iterdir())
-    found = [f"{n} (an interrupted save)" if ".partial" in n else n for n in names]
+    found = [f"{n} (an interrupted save)" if PARTIAL.fullmatch(n) else n for n in names]
     return f"no {wanted} in {folder}, which holds {', '.join(found) or 'nothing'}"
 
 
-def _files(root: epath.Path) -> dict[str, epath.Path]:
-    """{relative path: path} of every file of a step, without the checksums."""
-    files = {p.relative_to(root).as_posix(): p for p in _walk(root) if not p.is_dir()}
-    return {name: path for name, path in files.items() if name != CHECKSUMS}
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():  # epath has no rglob
-        if path.is_dir():
-            yield from _walk(path)
-        yield path
+def _checksums(root: epath.Path) -> dict[str, Any]:
+    """{relative path: hex digest} of a step. Raises CheckpointError where they cannot be read."""
+    try:
+        return read_json(root / CHECKSUMS)
+    except FileNotFoundError:
+        raise CheckpointError(f"{root / CHECKSUMS} is missing") from None
+    except Failure as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _digest(path: epath.Path) -> str:
@@ -317,14 +327,14 @@ def _digest(path: epath.Path) -> str:
 
 def _seal(root: epath.Path) -> None:
     """Writes the checksums and syncs all of `root`; data must reach the disk before the rename."""
-    for path in _walk(root):
+    for path in walk(root):
         # On object stores Orbax needs these files to recognise a complete save. They contain paths
         # of this machine, which do not belong in a step that may be published.
         if path.name == "commit_success.txt":
             path.write_text("Checkpoint commit was successful\n")
-    digests = {name: _digest(path) for name, path in sorted(_files(root).items())}
+    digests = {name: _digest(path) for name, path in sorted(files_of(root).items())}
     (root / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
-    for path in [*_walk(root), root]:
+    for path in [*walk(root), root]:
         _sync(path)
 
 
@@ -336,28 +346,3 @@ def _sync(path: epath.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sweep(folder: epath.Path) -> bool:
-    """Removes what interrupted saves left, also Orbax's `<step>.partial.orbax-...`; True if any."""
-    left = [path for path in folder.iterdir() if ".partial" in path.name]
-    for path in left:
-        path.rmtree()
-    return bool(left)
-
-
-def _sweep_failed(folder: epath.Path) -> None:
-    """The same after a failed save, while tensorstore's threads may still be writing.
-
-    Their writes can make a removal fail or create files again, so this returns when it has found
-    nothing twice in a row. What is left after five seconds is removed by the next save.
-    """
-    clean = 0 if folder.is_dir() else 2
-    for _ in range(50):
-        if clean == 2:
-            return
-        try:
-            clean = 0 if _sweep(folder) else clean + 1
-        except OSError:
-            clean = 0
-        time.sleep(0.1)

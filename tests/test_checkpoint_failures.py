@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jdm import checkpoint
+from jdm import checkpoint, step_files
 from jdm.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_files_written_after_a_failure_are_removed_too(tmp_path):
 
     def write():
         for i in range(200):
-            path = tmp_path / "2.partial.orbax" / "weights" / str(i)
+            path = tmp_path / "2.partial.orbax-checkpoint-tmp" / "weights" / str(i)
             with contextlib.suppress(OSError):  # removed between the two calls
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
@@ -89,7 +89,7 @@ def test_files_written_after_a_failure_are_removed_too(tmp_path):
 
     thread = threading.Thread(target=write)
     thread.start()
-    checkpoint._sweep_failed(epath.Path(tmp_path))
+    step_files.sweep_failed(epath.Path(tmp_path))
     thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
