@@ -141,6 +141,26 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["config.train.steps = 1e3"], r"fails in line 5: .*steps.*1000\.0.*int"),
+        (["pass", "1 / 0"], "fails in line 6: ZeroDivisionError: division by zero"),
+        (["config.optim.lr = ("], "fails in line 5: SyntaxError: .*never closed"),
+        (["import nonsense"], "fails in line 5: ModuleNotFoundError: .*nonsense"),
+        (["raise ValueError('one\\ntwo')"], "fails in line 5: ValueError: one two"),
+        (["raise SystemExit"], "fails in line 5: SystemExit"),
+        (["return"], "a get_config.. that returns NoneType; it must end in: return config"),
+        (["return [config]"], "a get_config.. that returns list; it must"),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_sentence_with_its_line(tmp_path, lines, said):
+    path = write(tmp_path / "mine.py", *lines)
+    with pytest.raises(InvalidValue, match=rf"^config='{path}' .*{said}") as error:
+        load_named(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "line, message",
     [
         ("config.optim.beta = 1.0", r"config\.optim\.beta is unknown; did you mean optim\.b"),
