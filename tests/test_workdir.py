@@ -8,12 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
 
 from jdm import checkpoint, trainer
 from jdm.config import load_config
+from jdm.data.pipeline import TrainBatches
+from jdm.data.splits import Split
 from jdm.errors import InvalidValue
 from jdm.files import LOCK, only_job
 
@@ -35,7 +38,10 @@ def stop(prepared, monkeypatch):
         raise Compiled
 
     monkeypatch.setattr(trainer, "compile_step", compile_step)
-    monkeypatch.setattr(trainer, "prepare", lambda *args: prepared)  # the same for every test
+    split = mock.Mock(spec=Split)
+    # The same for every test, and read by none.
+    monkeypatch.setattr(trainer, "prepare", lambda *args: prepared)
+    monkeypatch.setattr(trainer, "read_data", lambda config: (mock.Mock(spec=TrainBatches), split))
 
 
 @pytest.fixture
