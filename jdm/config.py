@@ -5,6 +5,7 @@ with a misspelt key stops at once. Every error is an InvalidValue that names the
 """
 
 import importlib
+import math
 import pkgutil
 import runpy
 import traceback
@@ -151,7 +152,10 @@ def _checked(values: dict[str, Any], where: str) -> ConfigDict:
         if isinstance(value, list):  # of JSON
             value = tuple(value)
         elif type(value) is int and isinstance(OPTIONS[key].default, float):
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                value = math.inf  # `check_config` reports it
         with target.ignore_type():  # `check_config` reports it
             target[name] = value
     for key in OPTIONS:

@@ -325,6 +325,15 @@ def test_a_number_that_is_none_is_refused(key):
         assert sentence_on(key, value).startswith(f"config.{key}={value!r} must be ")
 
 
+def test_a_number_in_a_file_that_no_float_holds_is_refused():
+    values = config_to_dict(load())
+    for key, said in (("optim.lr", "inf must be finite"), ("data.limit", "0 must be finite")):
+        section, name = key.split(".")
+        broken = values | {section: values[section] | {name: 10**400}}
+        with pytest.raises(InvalidValue, match=rf"^config.{key}=.*{said}$"):
+            config_from_dict(broken)
+
+
 def test_every_key_says_what_is_allowed():
     paths = {"data.dir", "data.cache_dir", "train.init_from", "version"}
     for key, option in OPTIONS.items():
