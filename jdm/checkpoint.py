@@ -9,9 +9,11 @@ Owns `<workdir>/checkpoints/` and everything in it:
                        checksums.json    SHA-256 of every other file, {relative path: hex digest}
     checkpoints/<step>.partial           an interrupted save; the next save removes it
     checkpoints/<step>.bad               a damaged step that was set aside; never deleted
+    checkpoints/<step>.kept              what a person had put into a step that was deleted
 
 Two promises. A step has its final name only when it is complete: its files are written to another
-folder, synced, and renamed once. (Object stores rename file by file; there the checksums show
+folder, read back (the names, shapes and dtypes of all arrays, not their values), synced, and
+renamed once. (Object stores rename file by file; there the checksums show
 whether all files have arrived.) And only what was saved is restored: Orbax does not notice a
 flipped bit, so files are compared with their checksums first.
 
@@ -21,11 +23,11 @@ folder. In a job of several processes all of them call `save`, `newest_whole` an
 together, on one shared file system.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -36,10 +38,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jdm.errors import NO_VALUE, Failure, InvalidValue
-from jdm.orbax import HANDLERS, checkpointer, quiet
+from jdm.files import read_json
+from jdm.orbax import HANDLERS, checkpointer, literal, quiet
+from jdm.step_files import ASIDE, CHECKSUMS, PARTIAL, files_of, free, sweep, sweep_failed, walk
 from jdm.trees import differences, leaves
-
-CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(Failure):
@@ -72,31 +74,33 @@ def save(
     final, partial = folder / str(step), folder / f"{step}.partial"
     if final.exists():
         raise CheckpointError(f"{final} exists already and is not overwritten")
-    items = {"weights": weights, "train_state": train_state}
-    args = {k: ocp.args.StandardSave(v) for k, v in items.items() if v is not None}
-    items = {"data": data, "config": config}
-    args |= {k: ocp.args.JsonSave(v) for k, v in items.items() if v is not None}
+    items = dict(weights=weights, train_state=train_state, data=data, config=config)
+    items = {item: value for item, value in items.items() if value is not None}
+    json_args, tree_args = ocp.args.JsonSave, ocp.args.StandardSave
+    args = {k: (json_args if _is_json(k) else tree_args)(v) for k, v in items.items()}
     writer = jax.process_index() == 0
     try:
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
-        with checkpointer() as writing:
-            writing.save(partial, args=ocp.args.Composite(**args))
+            sweep(folder)
+        with literal(folder) as plain:
+            with checkpointer() as writing:
+                writing.save(plain / partial.name, args=ocp.args.Composite(**args))
+            _check_saved(plain / partial.name, items)
         if writer:
             _seal(partial)
             partial.rename(final)
             _sync(folder)
     except Exception as error:  # Orbax, tensorstore and the OS each raise types of their own
         if writer:
-            _sweep_failed(folder)
+            sweep_failed(folder)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
         for old in [s for s in steps(workdir)[:-keep] if s != step]:
             try:  # renamed first, so that a half-deleted step does not have its final name
                 (folder / str(old)).rename(folder / f"{old}.partial")
-                _sweep(folder)
+                sweep(folder)
             except OSError as error:
                 raise CheckpointError(f"saved {final}, could not delete {old}: {error}") from error
     multihost_utils.sync_global_devices(f"jdm.checkpoint.save {step}")
@@ -125,27 +129,36 @@ def newest(workdir: epath.PathLike) -> int:
 
 
 def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) -> int | None:
-    """The highest step that passes `verify`, which training resumes from; None where none does.
+    """The highest step that passes `verify`, which training resumes from; None of a new folder.
 
     Damaged steps above it are set aside: renamed to `<step>.bad` (or `<step>.bad-2`, ..., if that
     name is taken) and reported through `log`, one line each.
+
+    Raises CheckpointError, and renames nothing, where there are steps and none is whole: a run
+    never starts again from the beginning where it has been further.
     """
-    found = -1
+    folder, found, damaged = _folder(workdir), -1, {}
     if jax.process_index() == 0:
-        folder = _folder(workdir)
         for step in reversed(steps(workdir)):
             try:
                 verify(workdir, step)
             except CheckpointError as error:
-                aside, n = folder / f"{step}.bad", 2
-                while aside.exists():
-                    aside, n = folder / f"{step}.bad-{n}", n + 1
-                (folder / str(step)).rename(aside)
-                log(f"set aside a damaged checkpoint as {aside}: {error}")
+                damaged[step] = error
             else:
                 found = step
                 break
+        aside = folder.is_dir() and any(ASIDE.fullmatch(path.name) for path in folder.iterdir())
+        if found < 0 and (damaged or aside):
+            found = -2
+        for step, why in damaged.items() if found >= 0 else ():
+            bad = free(folder / f"{step}.bad")
+            (folder / str(step)).rename(bad)
+            log(f"set aside a damaged checkpoint as {bad}: {why}")
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == -2:
+        first = f" ({next(iter(damaged.values()))})" if damaged else ""
+        hint = "move this folder away to train from the beginning, or choose another work folder"
+        raise CheckpointError(f"no checkpoint in {folder} is whole{first}; {hint}")
     return None if found < 0 else found
 
 
@@ -155,29 +168,24 @@ def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(H
     items: only the files of these items are compared, and files that belong to no item, so that
     `jdm.load` need not read the optimiser's state.
 
-    Raises CheckpointError where a file is missing, differs from its checksum, or has none. Hidden
-    files need none: file managers and network file systems create them.
+    Raises CheckpointError where a file is missing or differs from its checksum, and where no file
+    of an item has one. Files that are not listed are ignored: the system or a person added them.
     """
     root, items = _folder(workdir) / str(step), set(items)
     if not root.is_dir():
         raise CheckpointError(_absent(root.parent, f"checkpoint of step {step}"))
-    try:
-        expected = json.loads((root / CHECKSUMS).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{root / CHECKSUMS} is missing") from None
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise CheckpointError(f"{root / CHECKSUMS} is damaged: {error}") from None
-    files = _files(root)
-    for name in sorted(expected.keys() | files.keys()):
-        top, below, _ = name.partition("/")
-        if below and top not in items:
+    expected, files = _checksums(root), files_of(root)
+    for name in sorted(expected):
+        top = name.partition("/")[0]
+        if top in HANDLERS and top not in items:
             continue
         if name not in files:
             raise CheckpointError(f"{root / name} is missing")
-        if name in expected and _digest(files[name]) != expected[name]:
+        if _digest(files[name]) != expected[name]:
             raise CheckpointError(f"{root / name} is damaged: it differs from its checksum")
-        if name not in expected and not files[name].name.startswith("."):
-            raise CheckpointError(f"{root / name} is not listed in {CHECKSUMS}")
+    for item in items:
+        if (root / item).is_dir() and not any(name.startswith(f"{item}/") for name in expected):
+            raise CheckpointError(f"{root / item} is not listed in {CHECKSUMS}")
 
 
 def restore(
@@ -213,6 +221,14 @@ def read_config(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     return _read(workdir, step, {"config": None})["config"]
 
 
+def stored_config(workdir: epath.PathLike) -> tuple[int, dict[str, Any]] | None:
+    """(step, config) of the highest step whose config is whole; None where there is none."""
+    for step in reversed(steps(workdir)):
+        with contextlib.suppress(CheckpointError):
+            return step, read_config(workdir, step)
+    return None
+
+
 def read_data(workdir: epath.PathLike, step: int) -> Any:
     """The saved position of the input pipeline. Raises CheckpointError as `restore` does."""
     return _read(workdir, step, {"data": None})["data"]
@@ -224,31 +240,52 @@ def _read(
     """{item: abstract target, or None for JSON} -> {item: what was saved}."""
     verify(workdir, step, items=targets)
     root = _folder(workdir) / str(step)
-    args = {}
-    for item, target in targets.items():
+    for item in targets:
         if not (root / item).is_dir():
             raise CheckpointError(f"{root} holds no {item}")
-        if HANDLERS[item] is ocp.JsonCheckpointHandler:
-            args[item] = ocp.args.JsonRestore()
-        else:
-            _check_fits(root / item, target, widen)
-            args[item] = ocp.args.StandardRestore(target)
+    with literal(root.parent) as plain:
+        for item, target in targets.items():
+            if not _is_json(item):
+                _check_fits(plain / root.name / item, target, widen, shown=root / item)
+        return _load(plain / root.name, targets)
+
+
+def _is_json(item: str) -> bool:
+    return HANDLERS[item] is ocp.JsonCheckpointHandler
+
+
+def _load(root: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """What Orbax restores of a folder; see `_read`."""
+    json_args, tree_args = ocp.args.JsonRestore, ocp.args.StandardRestore
+    args = {k: json_args() if _is_json(k) else tree_args(v) for k, v in targets.items()}
     with checkpointer() as reading:
         restored = reading.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}
 
 
-def _check_fits(path: epath.Path, target: PyTree, widen: bool) -> None:
+def _check_saved(root: epath.Path, items: dict[str, Any]) -> None:
+    """Raises an error where what was just saved cannot be read; the arrays are not read."""
+    for item, value in items.items():
+        if not _is_json(item):
+            _check_fits(root / item, value)
+    _load(root, {item: None for item in items if _is_json(item)})
+
+
+def _check_fits(
+    path: epath.Path, target: PyTree, widen: bool = False, shown: epath.Path | None = None
+) -> None:
     """Raises CheckpointError where a saved pytree does not fit its target.
 
-    Orbax does not name the array when shapes differ, and casts dtypes without asking.
+    Orbax does not name the array when shapes differ, and casts dtypes without asking. shown: the
+    path in the error.
     """
     with quiet():
         saved = ocp.StandardCheckpointHandler().metadata(path).tree
     wanted_leaves, saved_leaves = leaves(target), leaves(saved)
     for at, wanted, found in differences(target, saved):
         if not (widen and _widens(saved_leaves.get(at), wanted_leaves.get(at))):
-            raise CheckpointError(f"{path} does not fit at {at}: expected {wanted}, found {found}")
+            said = f"does not fit at {at}: expected {wanted}, found {found}"
+            raise CheckpointError(f"{shown or path} {said}")
 
 
 def _widens(saved: Any, wanted: Any) -> bool:
@@ -269,21 +306,18 @@ def _absent(folder: epath.Path, wanted: str) -> str:
     if not folder.is_dir():
         return f"no {wanted} in {folder}, which does not exist"
     names = sorted(path.name for path in folder.iterdir())
-    found = [f"{n} (an interrupted save)" if ".partial" in n else n for n in names]
+    found = [f"{n} (an interrupted save)" if PARTIAL.fullmatch(n) else n for n in names]
     return f"no {wanted} in {folder}, which holds {', '.join(found) or 'nothing'}"
 
 
-def _files(root: epath.Path) -> dict[str, epath.Path]:
-    """{relative path: path} of every file of a step, without the checksums."""
-    files = {p.relative_to(root).as_posix(): p for p in _walk(root) if not p.is_dir()}
-    return {name: path for name, path in files.items() if name != CHECKSUMS}
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():  # epath has no rglob
-        if path.is_dir():
-            yield from _walk(path)
-        yield path
+def _checksums(root: epath.Path) -> dict[str, Any]:
+    """{relative path: hex digest} of a step. Raises CheckpointError where they cannot be read."""
+    try:
+        return read_json(root / CHECKSUMS)
+    except FileNotFoundError:
+        raise CheckpointError(f"{root / CHECKSUMS} is missing") from None
+    except Failure as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _digest(path: epath.Path) -> str:
@@ -293,14 +327,14 @@ def _digest(path: epath.Path) -> str:
 
 def _seal(root: epath.Path) -> None:
     """Writes the checksums and syncs all of `root`; data must reach the disk before the rename."""
-    for path in _walk(root):
+    for path in walk(root):
         # On object stores Orbax needs these files to recognise a complete save. They contain paths
         # of this machine, which do not belong in a step that may be published.
         if path.name == "commit_success.txt":
             path.write_text("Checkpoint commit was successful\n")
-    digests = {name: _digest(path) for name, path in sorted(_files(root).items())}
+    digests = {name: _digest(path) for name, path in sorted(files_of(root).items())}
     (root / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
-    for path in [*_walk(root), root]:
+    for path in [*walk(root), root]:
         _sync(path)
 
 
@@ -312,28 +346,3 @@ def _sync(path: epath.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sweep(folder: epath.Path) -> bool:
-    """Removes what interrupted saves left, also Orbax's `<step>.partial.orbax-...`; True if any."""
-    left = [path for path in folder.iterdir() if ".partial" in path.name]
-    for path in left:
-        path.rmtree()
-    return bool(left)
-
-
-def _sweep_failed(folder: epath.Path) -> None:
-    """The same after a failed save, while tensorstore's threads may still be writing.
-
-    Their writes can make a removal fail or create files again, so this returns when it has found
-    nothing twice in a row. What is left after five seconds is removed by the next save.
-    """
-    clean = 0 if folder.is_dir() else 2
-    for _ in range(50):
-        if clean == 2:
-            return
-        try:
-            clean = 0 if _sweep(folder) else clean + 1
-        except OSError:
-            clean = 0
-        time.sleep(0.1)

@@ -5,8 +5,10 @@ with a misspelt key stops at once. Every error is an InvalidValue that names the
 """
 
 import importlib
+import math
 import pkgutil
 import runpy
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,17 +58,42 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _read(name: str) -> ConfigDict:
-    """The result of get_config() in a packaged config or a file."""
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise InvalidValue("config", name, "is not a file")
-        found = runpy.run_path(name)
-    else:
+    """The result of get_config() in a packaged config or a file.
+
+    Raises InvalidValue, with the file and the line, for an error in it.
+    """
+    is_file = name.endswith(".py")
+    if is_file and not Path(name).is_file():
+        raise InvalidValue("config", name, "is not a file")
+    if not is_file:
         check_name("config", name, [*config_names(), "the path of a .py file"])
-        found = vars(importlib.import_module(f"jdm.configs.{name.replace('/', '.')}"))
-    if "get_config" not in found:
-        raise InvalidValue("config", name, "defines no get_config()")
-    return found["get_config"]()
+    try:
+        if is_file:
+            found = runpy.run_path(name)
+        else:
+            found = vars(importlib.import_module(f"jdm.configs.{name.replace('/', '.')}"))
+        if "get_config" not in found:
+            raise InvalidValue("config", name, "defines no get_config()")
+        config = found["get_config"]()
+    except InvalidValue:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the file does
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        line = _line(error, name if is_file else f"configs/{name}.py")
+        raise InvalidValue("config", name, f"fails{line}: {cause}") from error
+    if not isinstance(config, Mapping | ConfigDict):
+        got, hint = type(config).__name__, "it must end in: return config"
+        raise InvalidValue("config", name, f"has a get_config() that returns {got}", hint)
+    return config
+
+
+def _line(error: BaseException, path: str) -> str:
+    """ " in line 7" of a file, where an error was raised or passed through it."""
+    if isinstance(error, SyntaxError) and (error.filename or "").endswith(path):
+        return f" in line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename.endswith(path)]
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -125,7 +152,10 @@ def _checked(values: dict[str, Any], where: str) -> ConfigDict:
         if isinstance(value, list):  # of JSON
             value = tuple(value)
         elif type(value) is int and isinstance(OPTIONS[key].default, float):
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                value = math.inf  # `check_config` reports it
         with target.ignore_type():  # `check_config` reports it
             target[name] = value
     for key in OPTIONS:

@@ -1,15 +1,90 @@
-"""Files and folders that appear whole or not at all: written beside, then renamed."""
+"""Files and folders that appear whole or not at all: written beside, then renamed.
+
+Also what belongs to the system in a folder, how JSON that jdm has written is read back, and how a
+work folder is kept to one job.
+"""
 
 import contextlib
+import datetime
+import json
 import os
+import re
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from jdm.errors import NO_VALUE, Failure, InvalidValue
+
+UNFINISHED = "jdm-partial"  # the ending of what is not whole yet
+LOCK = "train.lock"
+MARK = ".written-by-jdm"  # the file by which an unfinished folder is known
+
+# What file managers and network file systems add to a folder. It is ignored, and deleted with it.
+SYSTEM_FILE = re.compile(r"\.DS_Store|\._.*|\.directory|\.nfs\w+|(?i:desktop\.ini|thumbs\.db)")
+
+
+def is_system(name: str) -> bool:
+    """Whether the system adds files of this name to folders."""
+    return SYSTEM_FILE.fullmatch(name) is not None
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The JSON object in a file, a pathlib or epath path; a byte order mark is allowed.
+
+    Raises Failure, one sentence that names the file, where it is damaged; OSError where it cannot
+    be opened.
+    """
+    content = path.read_bytes()
+    try:
+        found = json.loads(content, object_pairs_hook=_once)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
+        why = error if content.strip() else "it is empty"
+        raise Failure(f"{path} is damaged: {why}") from None
+    return found
+
+
+@contextlib.contextmanager
+def only_job(workdir: Path) -> Iterator[None]:
+    """Keeps other jobs out of a work folder. The kernel ends this with the process, even a killed
+    one, so that the file `train.lock`, which says who holds the folder, never blocks by itself.
+
+    Raises InvalidValue where another job holds the folder.
+    """
+    import fcntl  # not on every system that can sample
+
+    with (workdir / LOCK).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the second from some network file systems
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "unknown"
+            allowed, hint = f"is in use by another job ({holder})", "choose another folder"
+            raise InvalidValue("workdir", str(workdir), allowed, hint) from None
+        except OSError as error:
+            said = "one job at a time may train in it, and this is not checked"
+            warnings.warn(f"{workdir} cannot be locked ({error.strerror}): {said}", stacklevel=3)
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
+        file.flush()
+        yield
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Writes a file, replacing one that is there; a failed write changes nothing at `path`."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{UNFINISHED}")
     with partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -18,18 +93,26 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, ending: str = "partial") -> Iterator[Path]:
+def whole_folder(path: Path, ending: str = UNFINISHED) -> Iterator[Path]:
     """A new folder to fill, which is renamed to `path` where nothing is raised, else removed.
 
     ending: of its name until then; unique where several processes may write the same folder.
 
-    Raises OSError where `path` is not absent or an empty folder by then.
+    Raises InvalidValue where a folder of the unfinished name is there that was not made here, and
+    OSError where `path` is not absent or an empty folder by then.
     """
     partial = path.with_name(f"{path.name}.{ending}")
+    mark = partial / MARK
+    if partial.exists() and not mark.is_file():
+        said = "is in the way, and jdm has not made it"
+        raise InvalidValue(str(partial), NO_VALUE, said, "move it away")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        mark.touch()
         yield partial
+        mark.unlink()
         partial.replace(path)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -6,7 +6,7 @@ checks, signatures and tables of the documentation are generated from these decl
 
 import ast
 import dataclasses
-import math
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ class Option:
             return
         if not self.type.accepts(value):
             raise InvalidValue(parameter, value, f"must be {self.type.words}")
-        if isinstance(value, Real) and not math.isfinite(value):
+        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:  # also a NaN
             raise InvalidValue(parameter, value, "must be finite")
         for one in value if isinstance(value, tuple) else (value,):
             folder = self.folder and one.startswith(FOLDER)

@@ -1,14 +1,17 @@
-"""Orbax as jdm.checkpoint uses it: no messages, and no thread outlives a call."""
+"""Orbax as jdm.checkpoint uses it: quiet, in any folder, and no thread outlives a call."""
 
 import contextlib
 import logging
+import os
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 # The items of a checkpoint, and what each is: a pytree of arrays, or JSON.
 HANDLERS = {
@@ -30,6 +33,28 @@ def checkpointer() -> Iterator[ocp.Checkpointer]:
             for thread in threading.enumerate():
                 if type(thread).__module__.startswith("orbax."):
                     thread.join()
+
+
+@contextlib.contextmanager
+def literal(folder: epath.Path) -> Iterator[epath.Path]:
+    """A path of `folder` that Orbax and tensorstore take as it stands.
+
+    Orbax looks for files with glob, so that a[1] means a1; tensorstore takes a backslash for a
+    slash, and no name that is not UTF-8. A folder with such a name is given to them as a symbolic
+    link in the folder of temporary files.
+    """
+    name = os.fspath(folder)
+    if "://" in name or _is_plain(name):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jdm-") as temporary:
+        link = epath.Path(temporary) / "folder"
+        os.symlink(name, link)
+        yield link
+
+
+def _is_plain(name: str) -> bool:
+    return not set("*?[]\\") & set(name) and name.isprintable()
 
 
 @contextlib.contextmanager

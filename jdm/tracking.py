@@ -8,13 +8,16 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from jdm.files import write_whole
 
 METRICS = "metrics.jsonl"
+REPLACED = "metrics.replaced.jsonl"
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -54,15 +57,22 @@ class Progress(contextlib.AbstractContextManager):
 class MetricLog(contextlib.AbstractContextManager):
     """metrics.jsonl and the TensorBoard events of a work folder; one row for each logged step.
 
-    step: the step that the run resumes from. Later rows, of an interrupted run, are removed: these
-    steps are run and logged again. started: time.monotonic() at the start of the run.
+    step: the step that the run resumes from. Later rows, of an interrupted run, are moved to
+    metrics.replaced.jsonl: these steps are run and logged again. Damaged lines are moved there too.
+    started: time.monotonic() at the start of the run.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int, started: float):
-        path = Path(workdir) / METRICS
-        rows = [row for row in read_metrics(workdir) if row["step"] <= step]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._before = rows[-1]["seconds"] if rows else 0.0
+        path, replaced = Path(workdir) / METRICS, Path(workdir) / REPLACED
+        lines = _lines(path)
+        kept = [(line, row) for line, row in lines if row is not None and row["step"] <= step]
+        if moved := [line for line, row in lines if row is None or row["step"] > step]:
+            with replaced.open("ab") as file:
+                file.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
+            write_whole(path, b"".join(line for line, _ in kept))
+            rows = f"{len(moved)} row{'s' * (len(moved) > 1)} after step {step}, or damaged,"
+            print(f"moved {rows} from {path} to {replaced}")
+        self._before = kept[-1][1]["seconds"] if kept else 0.0
         self._started = started
         self._file = path.open("a")
         self._events = _summary_writer()(str(workdir), purge_step=step + 1)
@@ -98,8 +108,30 @@ def _summary_writer() -> type:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
     """The rows of a work folder's metrics.jsonl; [] where there is none.
 
-    An incomplete last line, left by a full disk or a killed run, is skipped.
+    Damaged lines, such as the last one after a full disk or a killed run, are skipped with a
+    warning.
     """
     path = Path(workdir) / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [row for _, row in _lines(path)]
+    if damaged := [n for n, row in enumerate(rows, 1) if row is None]:
+        lines = f"line{'s' * (len(damaged) > 1)} {', '.join(map(str, damaged[:10]))}"
+        more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        warnings.warn(f"{path}: skipped {lines}{more}, damaged", stacklevel=2)
+    return [row for row in rows if row is not None]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """(line, its row or None where it is damaged) of each line of a metrics.jsonl."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [(line, _row(line)) for line in lines]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):  # also where what is there could be read: a number may go on
+        return None
+    try:
+        row = json.loads(line)
+        # What is read of a row; the rest may be of any version.
+        return row if row["step"] + row["seconds"] >= 0 else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

@@ -4,6 +4,7 @@ Owns the order of the checks, resuming, and when a run logs, evaluates and saves
 training step are in jdm.training.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -23,12 +24,12 @@ from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue
-from jdm.files import write_whole
+from jdm.files import only_job, read_json, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
-from jdm.training.build import Run, build
+from jdm.training.build import Run, build, learning_rate
 from jdm.training.step import TrainState
 from jdm.training.warm import new_arrays, warm_started
 
@@ -60,17 +61,32 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         return
 
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
+    with only_job(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        _train(config, workdir, run, mesh, root, source, started)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    run: Run,
+    mesh: jax.sharding.Mesh,
+    root: Any,
+    source: Joint | None,
+    started: float,
+) -> None:
+    """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
+    write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
     if last is not None and last >= config.train.steps:
         print(f"{workdir} is trained already: {last} of {config.train.steps} steps")
         return
     batches, evaluated = read_data(config)
-    step = compile_step(config, run, mesh, root)
     if last is None:
         state = begin(config, run, root, source or warm_source(config, run))
     else:
+        say_learning_rate(config, workdir, last)
         state = resume(run, workdir, last, batches, root)
+    step = compile_step(config, run, mesh, root)
 
     start, rows = last or 0, config.data.batch_size
     options = EvaluationOptions(config.eval.batch_size)
@@ -128,13 +144,43 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises InvalidValue where the work folder holds a run with another config."""
-    path = workdir / "config.json"
-    stored = config_from_dict(json.loads(path.read_text())) if path.exists() else config
-    if differing := differences(stored, config):
-        allowed = f"holds a run with another config ({'; '.join(differing)})"
-        hint = "choose another folder, or the same values"
+    """Raises InvalidValue where the work folder holds a run with another config.
+
+    config.json and the config in the last checkpoint are compared: either may be missing, or be
+    that of another run.
+    """
+
+    def refuse(allowed: str, hint: str):
         raise InvalidValue("workdir", str(workdir), allowed, hint)
+
+    path, stored = workdir / "config.json", {}
+    try:
+        if path.exists():
+            stored[path.name] = read_json(path)
+    except Failure as error:
+        refuse(f"cannot be used: {error}", "move it away; checkpoints hold the config too")
+    if saved := checkpoint.stored_config(workdir):
+        stored[f"checkpoint {saved[0]}"] = saved[1]
+    for where, values in stored.items():
+        try:
+            found = config_from_dict(values)
+        except InvalidValue as error:
+            refuse(f"cannot be used: in {where}, {error}", "choose another folder")
+        if differing := differences(found, config):
+            allowed = f"holds a run with another config ({'; '.join(differing)})"
+            refuse(allowed, "choose another folder, or the same values")
+
+
+def say_learning_rate(config: ConfigDict, workdir: Path, step: int) -> None:
+    """Says where another number of steps changes the learning rate of a run that is resumed."""
+    stored = config_from_dict(checkpoint.read_config(workdir, step))
+    pair = [learning_rate(**c.optim, total_steps=c.train.steps)(step) for c in (stored, config)]
+    before, after = map(float, pair)
+    if before != after:
+        steps = f"config.train.steps: {stored.train.steps} -> {config.train.steps}"
+        changed = f"the learning rate at step {step} from {before:.4g} to {after:.4g}"
+        why = f"config.optim.schedule={config.optim.schedule!r} ends at the last step"
+        warnings.warn(f"{steps} changes {changed}: {why}", stacklevel=2)
 
 
 def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
@@ -217,7 +263,11 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
         print(f"resuming from step {step} of {workdir}")
         items = checkpoint.restore(workdir, step, **_trees(run.state))
-        batches.set_state(checkpoint.read_data(workdir, step))
+        position = checkpoint.read_data(workdir, step)
+        if not (isinstance(position, dict) and isinstance(position.get("next_index"), int)):
+            said = f"holds no position in the data, but {position!r}"
+            raise checkpoint.CheckpointError(f"step {step} of {workdir} {said}")
+        batches.set_state(position)
         return TrainState(ema=items["weights"], **items["train_state"])
     print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
     weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]

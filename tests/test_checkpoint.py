@@ -150,6 +150,17 @@ def test_relative_and_str_paths(saved, monkeypatch):
     assert_same(checkpoint.restore(relative, 7, weights=abstract(weights))["weights"], weights)
 
 
+@pytest.mark.parametrize("name", ["lr[0-1]", "a*b", "a\\b", "~x", "ä #%20", os.fsdecode(b"\xe9")])
+def test_the_name_of_the_work_folder_is_not_a_pattern(tmp_path, name):
+    weights = {"w": np.arange(3, dtype=np.float32)}
+    checkpoint.save(tmp_path / name, 1, weights=weights, config=CONFIG, keep=1)
+    moved = (tmp_path / name).rename(tmp_path / f"{name}!")
+    got = checkpoint.restore(moved, 1, weights=abstract(weights))["weights"]
+    np.testing.assert_array_equal(got["w"], weights["w"])
+    assert checkpoint.read_config(moved, 1) == CONFIG
+    assert os.listdir(tmp_path) == [f"{name}!"]  # nothing was written elsewhere
+
+
 def test_weights_need_no_train_state(copy, saved):
     """Sampling neither reads nor hashes the optimiser; training notices that it is missing."""
     weights = saved[1]["weights"]
@@ -226,7 +237,7 @@ def test_flipped_bit_in_a_used_item_is_not_restored(copy, saved):
         checkpoint.read_config(copy, 7)
 
 
-def test_truncated_missing_and_added_files(copy):
+def test_truncated_and_missing_files(copy):
     step = step_dir(copy, 7)
     path = step / "weights" / "manifest.ocdbt"
     content = path.read_bytes()
@@ -237,10 +248,6 @@ def test_truncated_missing_and_added_files(copy):
     with pytest.raises(CheckpointError, match="manifest.ocdbt is missing"):
         checkpoint.verify(copy, 7)
     path.write_bytes(content)
-    (step / "weights" / "more").touch()
-    with pytest.raises(CheckpointError, match="weights/more is not listed"):
-        checkpoint.verify(copy, 7)
-    (step / "weights" / "more").rename(step / "weights" / ".DS_Store")
     checkpoint.verify(copy, 7)
     (step / "checksums.json").unlink()
     with pytest.raises(CheckpointError, match="checksums.json is missing"):
@@ -261,11 +268,51 @@ def test_newest_whole_sets_damaged_steps_aside(copy):
     assert re.search("9.bad-2: .*manifest.ocdbt is damaged", lines[0])
     assert re.search("8.bad: .*checksums.json is missing", lines[1])
     assert checkpoint.newest_whole(copy, log=lines.append) == 7 and len(lines) == 2
-    flip(folder / "7" / "config" / "metadata")
-    assert checkpoint.newest_whole(copy, log=lines.append) is None
-    assert checkpoint.steps(copy) == []
-    save(copy, 9)  # the name is free again, and the bad ones stay
-    assert names(copy) == ["7.bad", "8.bad", "9", "9.bad", "9.bad-2"]
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_where_no_step_is_whole_training_does_not_start_again(copy, aside):
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / "7", folder / "8")
+    for step in "78":
+        flip(folder / step / "config" / "metadata")
+    if aside:
+        for step in "78":
+            (folder / step).rename(folder / f"{step}.bad")
+    before = names(copy)
+    with pytest.raises(CheckpointError) as info:
+        checkpoint.newest_whole(copy)
+    said = str(info.value)
+    assert said.startswith(f"no checkpoint in {folder} is whole")
+    assert "move this folder away" in said
+    assert aside or f"{folder / '8' / 'config' / 'metadata'} is damaged" in said
+    assert "\n" not in said and names(copy) == before
+    folder.rename(copy / "old")  # as the sentence says
+    assert checkpoint.newest_whole(copy) is None
+
+
+EXTRA = ("desktop.ini", "Thumbs.db", ".DS_Store", "._weights", "notes.txt")
+
+
+def test_what_the_system_or_a_person_adds_is_no_damage(copy, saved):
+    step, weights = step_dir(copy, 7), saved[1]["weights"]
+    folders = [step.parent, step, *(path for path in step.rglob("*") if path.is_dir())]
+    for folder in folders:
+        for name in EXTRA:
+            (folder / name).write_text("extra")
+    (step / "my plots").mkdir()
+    assert checkpoint.newest_whole(copy) == 7 and checkpoint.steps(copy) == [7]
+    got = checkpoint.restore(copy, 7, weights=abstract(weights))["weights"]
+    assert_same(got, weights)
+    assert checkpoint.read_data(copy, 7) == DATA
+
+
+def test_checksums_that_list_nothing_are_damage(copy):
+    path = step_dir(copy, 7) / "checksums.json"
+    for content, said in (("{}", "weights is not listed"), ("[]", "holds no JSON object")):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.verify(copy, 7, items=["weights"])
 
 
 def test_newest_whole_of_nothing(tmp_path):
@@ -372,6 +419,27 @@ def test_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["1", "10"]
     with pytest.raises(ValueError, match="keep"):
         save(tmp_path, 11, keep=0)
+
+
+def test_what_a_person_put_into_a_step_outlives_it(copy):
+    folder = copy / "checkpoints"
+    (folder / "8.partial" / "weights").mkdir(parents=True)
+    for path in ("7/notes.txt", "7/weights/d/notes.txt", "8.partial/notes.txt"):
+        (folder / path).write_text("mine")
+    (folder / "7" / "desktop.ini").touch()
+    for name in ("my.partial", "9.partial.txt", "partial", "10.partial-old"):
+        (folder / name).mkdir()
+        (folder / name / "thesis.txt").write_text("all of it")
+    (folder / "11.partial").write_text("a file")
+    before = {path for path in folder.rglob("thesis.txt")} | {folder / "11.partial"}
+    weights = {"w": np.zeros(3, np.float32)}
+    with pytest.warns(UserWarning, match="moved files that jdm has not written to .*kept") as said:
+        checkpoint.save(copy, 8, weights=weights, config=CONFIG, keep=1)
+    assert len(said) == 2 and checkpoint.steps(copy) == [8]
+    kept = {str(path.relative_to(folder)) for path in folder.glob("*.kept/**/*") if path.is_file()}
+    assert kept == {"7.kept/notes.txt", "7.kept/weights/d/notes.txt", "8.kept/notes.txt"}
+    assert all(path.read_text() for path in before)
+    assert not (folder / "7.partial").exists() and not (folder / "8.partial").exists()
 
 
 def test_existing_step_is_not_overwritten(copy, saved):

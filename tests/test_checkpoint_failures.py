@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jdm import checkpoint
+from jdm import checkpoint, step_files
 from jdm.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_files_written_after_a_failure_are_removed_too(tmp_path):
 
     def write():
         for i in range(200):
-            path = tmp_path / "2.partial.orbax" / "weights" / str(i)
+            path = tmp_path / "2.partial.orbax-checkpoint-tmp" / "weights" / str(i)
             with contextlib.suppress(OSError):  # removed between the two calls
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
@@ -89,7 +89,7 @@ def test_files_written_after_a_failure_are_removed_too(tmp_path):
 
     thread = threading.Thread(target=write)
     thread.start()
-    checkpoint._sweep_failed(epath.Path(tmp_path))
+    step_files.sweep_failed(epath.Path(tmp_path))
     thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -132,6 +132,17 @@ def test_killed_while_saving(tmp_path):
         save(workdir, 1)
         assert names(workdir) == ["1"]
         assert checkpoint.newest_whole(workdir) == 1
+
+
+def test_a_save_that_cannot_be_read_gets_no_final_name(tmp_path, monkeypatch):
+    """Orbax only logs it when it does not find what it has written."""
+    save(tmp_path, 1)
+    finalize = (checkpoint.ocp.StandardCheckpointHandler, "finalize")
+    monkeypatch.setattr(*finalize, lambda *args, **kwargs: None)
+    with pytest.raises(CheckpointError, match="could not save .*/2: ") as info:
+        save(tmp_path, 2)
+    assert "\n" not in str(info.value)
+    assert names(tmp_path) == ["1"]
 
 
 # --- devices and processes ------------------------------------------------------------------------
@@ -186,12 +197,13 @@ for shard, want in zip(got.addressable_shards, array(4).addressable_shards, stri
 
 
 def test_two_processes(tmp_path):
+    workdir = tmp_path / "lr[0-1]"  # a pattern that does not match itself
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(run, MESH + PROCESSES, tmp_path, port, r, **flags) for r in "01"]
+        jobs = [pool.submit(run, MESH + PROCESSES, workdir, port, r, **flags) for r in "01"]
     for job in jobs:
         job.result()
-    assert names(tmp_path) == ["2", "3.bad"]
+    assert names(workdir) == ["2", "3.bad"]

@@ -141,6 +141,26 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["config.train.steps = 1e3"], r"fails in line 5: .*steps.*1000\.0.*int"),
+        (["pass", "1 / 0"], "fails in line 6: ZeroDivisionError: division by zero"),
+        (["config.optim.lr = ("], "fails in line 5: SyntaxError: .*never closed"),
+        (["import nonsense"], "fails in line 5: ModuleNotFoundError: .*nonsense"),
+        (["raise ValueError('one\\ntwo')"], "fails in line 5: ValueError: one two"),
+        (["raise SystemExit"], "fails in line 5: SystemExit"),
+        (["return"], "a get_config.. that returns NoneType; it must end in: return config"),
+        (["return [config]"], "a get_config.. that returns list; it must"),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_sentence_with_its_line(tmp_path, lines, said):
+    path = write(tmp_path / "mine.py", *lines)
+    with pytest.raises(InvalidValue, match=rf"^config='{path}' .*{said}") as error:
+        load_named(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "line, message",
     [
         ("config.optim.beta = 1.0", r"config\.optim\.beta is unknown; did you mean optim\.b"),
@@ -303,6 +323,15 @@ def test_ranges_hold_on_the_command_line_too():
 def test_a_number_that_is_none_is_refused(key):
     for value in (float("nan"), float("inf")):
         assert sentence_on(key, value).startswith(f"config.{key}={value!r} must be ")
+
+
+def test_a_number_in_a_file_that_no_float_holds_is_refused():
+    values = config_to_dict(load())
+    for key, said in (("optim.lr", "inf must be finite"), ("data.limit", "0 must be finite")):
+        section, name = key.split(".")
+        broken = values | {section: values[section] | {name: 10**400}}
+        with pytest.raises(InvalidValue, match=rf"^config.{key}=.*{said}$"):
+            config_from_dict(broken)
 
 
 def test_every_key_says_what_is_allowed():

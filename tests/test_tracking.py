@@ -1,6 +1,8 @@
 import json
 import time
 
+import pytest
+
 from jdm.tracking import MetricLog, Progress, read_metrics
 
 
@@ -15,7 +17,7 @@ def test_rows_go_to_jsonl_and_tensorboard(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_resuming_removes_the_rows_of_later_steps(tmp_path):
+def test_resuming_moves_the_rows_of_later_steps(tmp_path, capsys):
     with MetricLog(tmp_path, 0, time.monotonic() - 100) as log:
         for step in (1, 2, 3):
             log.write(step, step, {"train/loss": float(step)})
@@ -26,6 +28,28 @@ def test_resuming_removes_the_rows_of_later_steps(tmp_path):
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["train/loss"] == 30.0
     assert rows[-1]["seconds"] >= rows[1]["seconds"] >= 100  # of both runs
+    replaced = tmp_path / "metrics.replaced.jsonl"  # nothing is lost
+    said = f"moved 2 rows after step 2, or damaged, from {tmp_path / 'metrics.jsonl'} to {replaced}"
+    assert said in capsys.readouterr().out
+    first, second = replaced.read_text().splitlines()
+    assert json.loads(first)["step"] == 3 and second == '{"step": 4, "ima'
+    with MetricLog(tmp_path, 3, time.monotonic()):
+        pass
+    assert read_metrics(tmp_path) == rows and capsys.readouterr().out == ""
+
+
+def test_damaged_lines_are_skipped_with_a_warning_that_numbers_them(tmp_path):
+    good = [b'{"step": %d, "images": 1, "seconds": 0.5}' % step for step in (1, 2, 3)]
+    bad = [b"", b"{}", b"[1]", b'{"step": "x", "seconds": 1}', b"\xff\xfe", b'{"step": 2, "ima']
+    lines = [b"\xef\xbb\xbf" + good[0], *bad[:3], good[1] + b"\r", *bad[3:], good[2]]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: skipped lines 2, 3, 4, 6, 7, 8, damaged"):
+        rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    with MetricLog(tmp_path, 3, time.monotonic()):
+        pass
+    assert read_metrics(tmp_path) == rows
+    assert (tmp_path / "metrics.replaced.jsonl").read_bytes() == b"\n".join(bad) + b"\n"
 
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys):

@@ -8,6 +8,7 @@ The hosts of one jax.distributed job share a file system and take turns with the
 host joins them. A run that fits in one part is written without parts.
 """
 
+import contextlib
 import io
 import json
 import sys
@@ -19,8 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jdm.errors import InvalidValue
-from jdm.files import write_whole
+from jdm.errors import Failure, InvalidValue
+from jdm.files import is_system, read_json, write_whole
 from jdm.joint import Joint
 from jdm.sampling.generate import Batch, concatenate, make_generator
 from jdm.sampling.request import Request
@@ -50,13 +51,14 @@ def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
         held = read_settings(out) if resume else None
         if held is not None and (differing := differences(held, settings)):
             refuse(f"is complete, and of other settings: {differing}")
-        if not parts.exists() or all(path.name.startswith(RECORD) for path in parts.iterdir()):
+        names = [path.name for path in parts.iterdir()] if parts.exists() else []
+        if all(name.startswith(RECORD) or is_system(name) for name in names):
             return  # no parts, or what is left of a run that stopped before its first part
         refuse(f"cannot be written: {parts} is in the way, and holds no interrupted run")
     if not resume:
         hint = f"--resume continues it, and deleting {parts} discards it"
         refuse("has an interrupted run", hint)
-    if differing := differences(json.loads(record.read_text())["settings"], settings):
+    if differing := differences(_recorded(record)["settings"], settings):
         refuse(f"has an interrupted run of other settings: {differing}")
 
 
@@ -84,7 +86,7 @@ def run(
     count = len(request.seeds)
     share = -(-count // hosts)
     if record.is_file():
-        share = min(share, json.loads(record.read_text())["part"])
+        share = min(share, _recorded(record)["part"])
     print(f"compiling {_summary(request)}", file=sys.stderr, flush=True)
     rows, batches = make_generator(joint, request.part(slice(0, share)), batch_size)
     each = rows * -(-min(LEAST, share) // rows)  # whole batches
@@ -96,7 +98,7 @@ def run(
         parts.mkdir(exist_ok=True)
         write_whole(record, json.dumps({"settings": settings, "part": each}))
     _barrier("the size of a part is agreed on")
-    each = json.loads(record.read_text())["part"]
+    each = _recorded(record)["part"]
     paths = {start: parts / f"{start:08}.npz" for start in range(0, count, each)}
     ours = {start: path for i, (start, path) in enumerate(paths.items()) if i % hosts == host}
     missing = {start: path for start, path in ours.items() if not _opens(path)}
@@ -112,8 +114,12 @@ def run(
         concatenate(request, settings, map(_unpacked, paths.values())).save(out)
         for path in paths.values():
             path.unlink()
+        for path in parts.iterdir():
+            if is_system(path.name):
+                path.unlink()
         record.unlink()  # last: parts without it belong to no run
-        parts.rmdir()
+        with contextlib.suppress(OSError):  # it holds what a person has put there
+            parts.rmdir()
     _barrier("the parts are joined")
     return True
 
@@ -126,6 +132,18 @@ def _summary(request: Request) -> str:
 
 def _parts(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
+
+
+def _recorded(record: Path) -> dict[str, Any]:
+    """{"settings", "part"} of an interrupted run. Raises InvalidValue where they are damaged."""
+    try:
+        found = read_json(record)
+        if not isinstance(found.get("settings"), dict) or not isinstance(found.get("part"), int):
+            raise Failure(f"{record} is damaged: it has no settings or no part")
+    except Failure as error:
+        allowed, hint = f"cannot be continued: {error}", f"deleting {record.parent} discards it"
+        raise InvalidValue("out", str(record.parent), allowed, hint) from None
+    return found
 
 
 def _barrier(name: str) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Num, UInt8, UInt32
 
 from jdm import plot
 from jdm.errors import InvalidValue
-from jdm.files import write_whole
+from jdm.files import is_system, write_whole
 from jdm.sampling.labels import label_text
 
 SETTINGS = "settings.json"
@@ -144,8 +144,9 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 def _foreign(folder: Path) -> str | None:
-    """The first name in a folder that is not a file of samples."""
-    names = {p.name for p in folder.iterdir()} - {SETTINGS, "samples.csv"}
+    """The first name in a folder that is not a file of samples, nor one that the system adds."""
+    names = {p.name for p in folder.iterdir() if not is_system(p.name)}
+    names -= {SETTINGS, "samples.csv"}
     return min((name for name in names if not re.fullmatch(r"\d{6,}\.png", name)), default=None)
 
 

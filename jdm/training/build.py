@@ -30,18 +30,28 @@ LR_SCHEDULES: dict[str, Callable] = names.LR_SCHEDULES.records(
 )
 
 
+def learning_rate(
+    *, lr: float, schedule: str, warmup_steps: int, total_steps: int, **_: Any
+) -> optax.Schedule:
+    """The learning rate of each step: it rises linearly to `lr`, then follows `schedule` to
+    total_steps. Raises InvalidValue for an unknown schedule."""
+    names.check_name("config.optim.schedule", schedule, LR_SCHEDULES)
+    after = LR_SCHEDULES[schedule](lr, total_steps - warmup_steps)
+    warmup = optax.linear_schedule(0.0, lr, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+
 def make_optimiser(
     *, lr: float, schedule: str, warmup_steps: int, total_steps: int, clip_norm: float, **adamw: Any
 ) -> GradientTransformation:
-    """AdamW. Its learning rate rises linearly to `lr`, then follows `schedule` to total_steps.
+    """AdamW, with the learning rate of `learning_rate`.
 
     clip_norm: upper limit of the gradient's global norm; 0 is no limit. adamw: b1, b2 and
     weight_decay. Raises InvalidValue for an unknown schedule.
     """
-    names.check_name("config.optim.schedule", schedule, LR_SCHEDULES)
-    after = LR_SCHEDULES[schedule](lr, total_steps - warmup_steps)
-    warmup = optax.linear_schedule(0.0, lr, warmup_steps)
-    rate = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+    rate = learning_rate(
+        lr=lr, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    )
     optimiser = optax.adamw(rate, **adamw)
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimiser) if clip_norm else optimiser
 

@@ -168,6 +168,16 @@ def test_parts_without_a_record_are_not_taken_for_those_of_this_run(tmp_path):
             check_out(tmp_path / "x.npz", resume)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {"steps": 3}}'])
+def test_a_damaged_record_is_one_sentence_that_names_it(tmp_path, content):
+    record = tmp_path / "x.npz.parts" / "request.json"
+    record.parent.mkdir()
+    record.write_text(content)
+    with pytest.raises(ValueError, match=rf"cannot be continued: {record} is damaged: ") as info:
+        check_out(tmp_path / "x.npz", resume=True)
+    assert "\n" not in str(info.value) and record.read_text() == content
+
+
 def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(ValueError, match=r"is a folder, and \.npz a file"):
