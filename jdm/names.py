@@ -59,6 +59,9 @@ HEADS = Names(["normalised", "published"])
 HEAD_TIMES = Names(["raw", "zero"])
 DTYPES = Names(["float32", "bfloat16"])
 
+# Files of a state_dict (jdm.torch_files)
+WEIGHT_FILES = Names([".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
+
 # The diffusion process (jdm.diffusion.process)
 SCHEDULES = Names(["linear", "linear_ddpm", "cosine"])
 PREDICTIONS = Names(["eps", "x0", "v", "previous"])

@@ -22,7 +22,7 @@ from jdm.data.fit import check_config_fits, check_labels, check_not_empty
 from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
-from jdm.errors import Failure, InvalidValue
+from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
@@ -132,7 +132,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     stored = config_from_dict(json.loads(path.read_text())) if path.exists() else config
     if differing := differences(stored, config):
-        allowed = f"holds a run with another config ({'; '.join(differing)})"
+        allowed = f"holds a run with another config ({'; '.join(first_ten(differing))})"
         hint = "choose another folder, or the same values"
         raise InvalidValue("workdir", str(workdir), allowed, hint)
 
@@ -204,7 +204,7 @@ def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> Trai
     if source is None:
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
-    listed = f"; new: {', '.join(new)}" if new else ""
+    listed = f"; new: {', '.join(first_ten(new))}" if new else ""
     print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
     return warm_started(run.init(root), source.weights)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jdm import checkpoint, trainer
-from jdm.config import config_from_dict, load_config
+from jdm.config import config_from_dict, differences, load_config
 from jdm.errors import InvalidValue
 from jdm.joint import load
 from jdm.tracking import read_metrics
@@ -112,6 +112,15 @@ def test_a_folder_of_another_config_is_refused_by_key(interrupted):
     assert "optim.lr: 0.001 -> 0.5" in said and "model.channels: 8 -> 16" in said
     assert "train.steps" not in said
     assert (interrupted / "config.json").read_bytes() == before
+
+
+def test_a_list_of_differences_ends_after_ten(tmp_path):
+    held, other = config_of(), load_config("reference/cifar10")
+    (tmp_path / "config.json").write_text(json.dumps(held.to_dict()))
+    count = len(differences(held, other))
+    with pytest.raises(InvalidValue, match=rf"; and {count - 10} more\)") as info:
+        trainer.check_workdir(other, tmp_path)
+    assert count > 12 and str(info.value).count(" -> ") == 10
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
