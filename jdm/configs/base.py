@@ -57,9 +57,13 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         blocks=Option(2, "residual blocks of each level", POSITIVE),
         attention=Option((4,), "side lengths of the feature maps that get attention", SIDES),
         heads=Option(4, "of each attention layer", POSITIVE),
+        head_channels=Option(0, "channels of each attention head; 0: see heads", NOT_NEGATIVE),
         dropout=Option(0.1, "of the residual blocks", FRACTION),
         learned_variance=Option(False, "whether the output includes the reverse step's variance"),
         resample=Option("conv", "how resolution changes between levels", names=names.RESAMPLES),
+        time_conditioning=Option(
+            "scale_shift", "of the residual blocks", names=names.TIME_CONDITIONINGS
+        ),
         attention_order=Option("head_first", "qkv channel layout", names=names.ATTENTION_ORDERS),
         head=Option("normalised", "the classifier", names=names.HEADS),
         head_time=Option("raw", "time given to the head: t or always 0", names=names.HEAD_TIMES),
