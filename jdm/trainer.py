@@ -124,6 +124,15 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
             f"images in config.data.name={config.data.name!r}; 'digits' and 'none' do not",
             stacklevel=2,
         )
+    classifies = "classifier" in config.loss.terms and config.loss.weight
+    if parts > 1 and run.state.batch_stats and classifies:
+        warnings.warn(
+            f"config.exec.accumulate={parts} changes the loss, not only its memory: "
+            f"config.model.head={config.model.head!r} normalises over each part of "
+            f"{config.data.batch_size // parts} rows, and moves its running statistics {parts} "
+            "times a step; with another head the loss is that of the whole batch",
+            stacklevel=2,
+        )
     return run
 
 

@@ -249,6 +249,16 @@ def test_what_does_not_mirror_is_no_warning(policy):
     assert warnings_of(loss=dict(augment=policy)) == []
 
 
+def test_parts_that_change_the_loss_are_a_warning():
+    """Only BatchNorm normalises over a part."""
+    parts = dict(accumulate=2)
+    (said,) = warnings_of(model=dict(head="published"), exec=parts)
+    assert said.startswith("config.exec.accumulate=2 changes the loss") and "8 rows" in said
+    assert warnings_of(exec=parts) == warnings_of(model=dict(head="published")) == []
+    alone = dict(terms=("diffusion",))
+    assert warnings_of(model=dict(head="published"), exec=parts, loss=alone) == []
+
+
 def test_config_is_saved_beside_and_in_the_checkpoint(tiny):
     beside = json.loads((tiny / "config.json").read_text())
     assert beside == checkpoint.read_config(tiny, 4)

@@ -5,7 +5,8 @@ jdm.nn.model.JointModel; diffusion, jdm.diffusion.process.Diffusion; loss,
 jdm.training.loss.JointLoss; optim, jdm.training.build.make_optimiser; the others, jdm.trainer.
 
 A checkpoint is tied to its model, diffusion and loss. The section exec, which says how they are
-computed, may differ whenever a run is resumed or a model is loaded.
+computed, may differ whenever a run is resumed or a model is loaded. (With the head "published",
+which normalises over the rows that it sees together, exec.accumulate changes the result too.)
 """
 
 import functools
@@ -105,7 +106,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
     exec=dict(
         dtype=_resumable("float32", "of the computation; weights are float32", names=names.DTYPES),
         remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
-        accumulate=_resumable(1, "parts of a batch, processed one after the other", POSITIVE),
+        accumulate=_resumable(
+            1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE
+        ),
     ),
     # Intervals in steps; 0 is never. The last step logs, evaluates and saves in any case.
     log=dict(every=_resumable(100, "steps between rows of metrics", NOT_NEGATIVE)),
