@@ -28,6 +28,8 @@ MOVED = {
     "model.remat": "exec.remat",
     "train.accumulate": "exec.accumulate",
 }
+# Keys that were added since version 1, with the value that they had before.
+ADDED: dict[str, Any] = {"model.head_channels": 0, "model.time_conditioning": "scale_shift"}
 # Version 0 had a single name in loss.terms: {old name: terms}. Its other names were those of terms.
 TERMS_0 = {"joint": ("diffusion", "classifier")}
 
@@ -130,7 +132,7 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     if version > base.VERSION:
         allowed = f"is newer than {base.VERSION}, the newest known here"
         raise InvalidValue("config.version", version, allowed, "a newer jdm reads it")
-    values = dict(values)
+    values = ADDED | values
     for old in MOVED.keys() & values.keys():
         if version > 0:
             warnings.warn(f"config.{old} is called config.{MOVED[old]} now", stacklevel=2)

@@ -1,26 +1,18 @@
 """Conversion of the published PyTorch implementation's weights to a work folder, and back.
 
-Owns the names, order and layouts of the arrays in its state_dict, and reading and writing such
-files. A file has weights only. The rest (number of steps, schedule, prediction, attention heads and
-their order) comes from the config; nothing is guessed.
+Owns the names, order and layouts of the arrays in its state_dict; jdm.torch_files reads and writes
+such files. A file has weights only. The rest (number of steps, schedule, prediction, attention
+heads and their order) comes from the config; nothing is guessed.
 
     layer        in the file              here
     convolution  weight [out, in, h, w]   kernel [h, w, in, out]
     linear       weight [out, in]         kernel [in, out]
     pointwise    weight [out, in, 1]      kernel [in, out]         (a Conv1d over positions)
-
-PyTorch is an extra, imported by the functions that need it. Files are read without running code
-that a pickle may contain.
 """
 
 import functools
-import importlib
-import io
 import itertools
 import json
-import pickle
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +25,16 @@ from ml_collections import ConfigDict
 
 from jdm import checkpoint
 from jdm.config import config_to_dict
-from jdm.errors import Failure, InvalidValue
+from jdm.errors import InvalidValue
 from jdm.files import whole_folder, write_whole
 from jdm.joint import Joint, as_joint
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
+from jdm.torch_files import file_format, read
 from jdm.trees import differences
 
 HEAD_PREFIX = "clasifier"  # as the published code spells it
+FIRST = "time_embed.0.weight"  # an array that every network has
 
 # Names and layouts -------------------------------------------------------------------------------
 
@@ -171,14 +165,15 @@ def entries(model: JointModel, head: bool) -> dict[str, Entry]:
 def load_weights(path: PathLike, config: ConfigDict, *, without_head: bool = False) -> dict:
     """The weights {"params", "batch_stats"} in a state_dict, as NumPy arrays.
 
-    path: a .pt or .safetensors file of weights or of their EMA. config: of the file's network.
-    without_head: the file has no classifier; a new head is initialised, with the config's seed.
+    path: a file of weights or of their EMA, see `torch_files.read`; a prefix that all names of the
+    network share is ignored. config: of the file's network. without_head: the file has no
+    classifier; a new head is initialised, with the config's seed.
 
     Raises InvalidValue for a file that cannot be read, or that differs from the config in a name,
     shape or dtype (`details` lists all of them). Raises Failure without PyTorch.
     """
     model = make_model(config.model, config.exec)
-    arrays, wanted = read(path), entries(model, head=not without_head)
+    arrays, wanted = _without_prefix(read(path)), entries(model, head=not without_head)
     _check_fits(path, arrays, wanted)
     flat = {
         entry.path: np.array(entry.layout.ours(arrays[name]), order="C")
@@ -221,7 +216,7 @@ def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, A
 def to_file(joint: Joint | PathLike, path: PathLike, *, without_head: bool = False) -> None:
     """Converts the weights of a model, or of the one at that path, to a state_dict.
 
-    path: ends in .pt or .safetensors. without_head: omits the classifier.
+    path: ends in one of names.WEIGHT_FILES. without_head: omits the classifier.
 
     Raises InvalidValue for another ending, and for a head that is not the published one. Raises
     CheckpointError where no model can be loaded, and Failure without PyTorch.
@@ -239,6 +234,16 @@ def state_dict(model: JointModel, weights: Any, head: bool = True) -> dict[str, 
         name: np.array(entry.layout.theirs(np.asarray(ours[entry.path])), order="C")
         for name, entry in entries(model, head).items()
     }
+
+
+def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays without the prefix of a network inside another module, such as "model."."""
+    found = {name.removesuffix(FIRST) for name in arrays if name.endswith(FIRST)}
+    prefix = found.pop() if len(found) == 1 else ""
+    if prefix.endswith("."):
+        print(f"read without {prefix!r} before the names")
+        arrays = {name.removeprefix(prefix): x for name, x in arrays.items()}
+    return arrays
 
 
 def _check_fits(path, arrays: dict[str, np.ndarray], wanted: dict[str, Entry]) -> None:
@@ -270,83 +275,3 @@ def _initial_head(model: JointModel, seed: int) -> dict[tuple[str, ...], np.ndar
         return {at: leaf for at, leaf in flat.items() if at[1] == "head"}
 
     return jax.device_get(init(jax.random.key(seed)))
-
-
-# Files -------------------------------------------------------------------------------------------
-
-
-class FileFormat(NamedTuple):
-    """How a state_dict {name: array} is read from a file, and encoded as its content."""
-
-    read: Callable[[PathLike], dict[str, np.ndarray]]
-    encode: Callable[[dict[str, np.ndarray]], bytes]
-
-
-def file_format(parameter: str, path: PathLike) -> FileFormat:
-    """The format of a file, by its ending. Raises InvalidValue for an ending not in FORMATS."""
-    ending = Path(path).suffix
-    if ending not in FORMATS:
-        raise InvalidValue(parameter, str(path), f"must end in one of {', '.join(FORMATS)}")
-    return FORMATS[ending]
-
-
-def read(path: PathLike) -> dict[str, np.ndarray]:
-    """{name: array} of a state_dict on disk, in its order.
-
-    Raises InvalidValue for a file that is missing, damaged, contains code or is not a state_dict;
-    OSError where it cannot be opened; Failure without PyTorch.
-    """
-    read_file = file_format("from", path).read
-    if not Path(path).is_file():
-        raise InvalidValue("from", str(path), "is not a file")
-    open(path, "rb").close()  # a file that cannot be opened is an OSError; it is not damaged
-    try:
-        return read_file(path)
-    except (InvalidValue, Failure, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        what = f" ({named[1]})" if named else ""
-        problem = f"is damaged or has more than weights{what}, and code in a file is never run"
-        raise InvalidValue("from", str(path), problem) from error
-    # PyTorch has no error type for damage: a truncated file raises OSError, RuntimeError or
-    # EOFError, depending on where it ends.
-    except Exception as error:
-        problem = f"is damaged or not a state_dict: {str(error) or type(error).__name__}"
-        raise InvalidValue("from", str(path), problem.split("\n")[0]) from error
-
-
-def _import(name: str) -> Any:
-    """A module of the extra "torch". Raises Failure where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise Failure(f"conversion needs {package}: pip install 'jdm[torch]'") from error
-
-
-def _read_torch(path) -> dict[str, np.ndarray]:
-    torch = _import("torch")
-    with warnings.catch_warnings():  # warnings about pickle protocols, which torch.load handles
-        warnings.simplefilter("ignore")
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()
-    ):
-        raise InvalidValue("from", str(path), "has no state_dict, which is a dict of named tensors")
-    return {name: x.detach().numpy() for name, x in state.items()}
-
-
-def _encode_torch(arrays) -> bytes:
-    torch, buffer = _import("torch"), io.BytesIO()
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
-    return buffer.getvalue()
-
-
-FORMATS = {
-    ".pt": FileFormat(_read_torch, _encode_torch),
-    ".safetensors": FileFormat(
-        lambda path: _import("safetensors.numpy").load_file(path),
-        lambda arrays: _import("safetensors.numpy").save(arrays),
-    ),
-}

@@ -1,8 +1,15 @@
 """The errors that users see."""
 
+from collections.abc import Sequence
 from typing import Any
 
 NO_VALUE: Any = object()  # for an InvalidValue whose sentence names no single value
+
+
+def first_ten(lines: Sequence[str]) -> list[str]:
+    """A list for a person to read: at most ten lines, then how many more there are."""
+    more = len(lines) - 10
+    return [*lines[:10], *([f"and {more} more"] if more > 0 else [])]
 
 
 class InvalidValue(ValueError):
@@ -12,7 +19,7 @@ class InvalidValue(ValueError):
     parameter: the name of a Python argument ("steps"), or the full name of a config key
     ("config.optim.lr"). value: what was given, or NO_VALUE. allowed: the rest of a sentence that
     begins with the parameter and its value: "must be positive". hint: advice, added to the
-    sentence. details: further lines, which the command line prints before the sentence.
+    sentence. details: further lines; the command line prints the first ten before the sentence.
     """
 
     def __init__(

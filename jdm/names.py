@@ -55,9 +55,13 @@ SPLITS = Names(["train", "validation", "test"])
 # The network (jdm.nn)
 RESAMPLES = Names(["conv", "resblock"])
 ATTENTION_ORDERS = Names(["head_first", "qkv_first"])
+TIME_CONDITIONINGS = Names(["scale_shift", "add"])
 HEADS = Names(["normalised", "published"])
 HEAD_TIMES = Names(["raw", "zero"])
 DTYPES = Names(["float32", "bfloat16"])
+
+# Files of a state_dict (jdm.torch_files)
+WEIGHT_FILES = Names([".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
 
 # The diffusion process (jdm.diffusion.process)
 SCHEDULES = Names(["linear", "linear_ddpm", "cosine"])

@@ -23,7 +23,7 @@ from jdm.data.fit import check_config_fits, check_labels, check_not_empty
 from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
-from jdm.errors import Failure, InvalidValue
+from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import only_job, read_json, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
@@ -140,6 +140,15 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
             f"images in config.data.name={config.data.name!r}; 'digits' and 'none' do not",
             stacklevel=2,
         )
+    classifies = "classifier" in config.loss.terms and config.loss.weight
+    if parts > 1 and run.state.batch_stats and classifies:
+        warnings.warn(
+            f"config.exec.accumulate={parts} changes the loss, not only its memory: "
+            f"config.model.head={config.model.head!r} normalises over each part of "
+            f"{config.data.batch_size // parts} rows, and moves its running statistics {parts} "
+            "times a step; with another head the loss is that of the whole batch",
+            stacklevel=2,
+        )
     return run
 
 
@@ -167,7 +176,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         except InvalidValue as error:
             refuse(f"cannot be used: in {where}, {error}", "choose another folder")
         if differing := differences(found, config):
-            allowed = f"holds a run with another config ({'; '.join(differing)})"
+            allowed = f"holds a run with another config ({'; '.join(first_ten(differing))})"
             refuse(allowed, "choose another folder, or the same values")
 
 
@@ -250,7 +259,7 @@ def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> Trai
     if source is None:
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
-    listed = f"; new: {', '.join(new)}" if new else ""
+    listed = f"; new: {', '.join(first_ten(new))}" if new else ""
     print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
     return warm_started(run.init(root), source.weights)
 

@@ -45,7 +45,7 @@ test_digits_models test_parity test_cli test_trainer test_sample test_editing te
 test_runs test_trained test_convert test_sampler_order test_step test_extending test_model
 test_splits test_request test_config test_metrics test_pipeline test_evaluators test_augment
 test_pretrained test_reverse_step test_version_0 test_joint test_guidance test_unet test_heads
-test_checkpoint_failures
+test_checkpoint_failures test_guided_diffusion
 """.split()
 
 

@@ -200,6 +200,22 @@ def test_is_quiet(tmp_path, capfd):
 # --- damage ---------------------------------------------------------------------------------------
 
 
+def test_one_flipped_bit_at_the_end_of_a_large_file(tmp_path):
+    """All of a file is compared, however large."""
+    noise = np.random.default_rng(0).normal(size=300_000).astype(np.float32)  # is not compressed
+    save(tmp_path, 1, weights={"w": jnp.asarray(noise)})
+    files = [p for p in step_dir(tmp_path, 1).rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    size = largest.stat().st_size
+    assert size > 2**20
+    for byte in (2**16, 2**18, 2**20, size - 1):
+        flip(largest, bit=8 * byte)
+        with pytest.raises(CheckpointError, match="is damaged: it differs from its checksum"):
+            checkpoint.verify(tmp_path, 1)
+        flip(largest, bit=8 * byte)
+    checkpoint.verify(tmp_path, 1)
+
+
 def test_one_flipped_bit_in_any_file(copy):
     files = sorted(p for p in step_dir(copy, 7).rglob("*") if p.is_file())
     assert len(files) > 20

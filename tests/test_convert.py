@@ -19,6 +19,7 @@ from jdm import checkpoint, cli, convert, trainer
 from jdm.config import config_from_dict, flatten, load_config
 from jdm.errors import Failure, InvalidValue
 from jdm.nn.model import example_inputs, make_model
+from jdm.torch_files import FORMATS
 
 torch = pytest.importorskip("torch", reason="PyTorch (the extra torch) reads and writes the files")
 
@@ -89,17 +90,17 @@ def test_stored_files_come_back_to_the_byte(published, name):
     model = make_model(stored.config.model, stored.config.exec)
     weights = convert.load_weights(stored.file, stored.config)
     chex.assert_trees_all_equal_shapes_and_dtypes(weights, shapes(model))
-    back = convert.FORMATS[".pt"].encode(convert.state_dict(model, weights))
+    back = FORMATS[".pt"].encode(convert.state_dict(model, weights))
     theirs = torch.load(stored.file, weights_only=True)
     assert_same_bytes(torch.load(io.BytesIO(back), weights_only=True), theirs)
 
 
-@pytest.mark.parametrize("ending", convert.FORMATS)
+@pytest.mark.parametrize("ending", FORMATS)
 def test_a_work_folder_comes_back_to_the_byte(ported, ending, tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / f"back{ending}"
     convert.to_file(ported, path)
-    assert_same_bytes(convert.read(path), STATE, ordered=ending == ".pt")
+    assert_same_bytes(convert.read(path), STATE, ordered=ending != ".safetensors")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     if ending == ".safetensors":  # which can be read too
         weights = convert.load_weights(path, CONFIG)
@@ -125,6 +126,21 @@ def test_an_ordered_dict_of_parameters_is_read_too(file, tmp_path):
     parameters = {n: torch.nn.Parameter(x, x.is_floating_point()) for n, x in STATE.items()}
     torch.save(collections.OrderedDict(parameters), tmp_path / "ema.pt")
     assert_same_bytes(convert.read(tmp_path / "ema.pt"), convert.read(file))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.net."])
+def test_a_network_inside_another_module_is_read_too(file, tmp_path, capsys, prefix):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {f"{prefix}{name}": x for name, x in STATE.items()}}, path)
+    found, expected = (convert.load_weights(at, CONFIG) for at in (path, file))
+    chex.assert_trees_all_equal(found, expected)
+    shown = prefix.removeprefix("module.")
+    assert f"read without {shown!r} before the names" in capsys.readouterr().out
+    others = {**STATE, "loss.weight": torch.zeros(2)}
+    torch.save({f"{prefix}{name}": x for name, x in others.items()}, path)
+    with pytest.raises(InvalidValue) as error:
+        convert.load_weights(path, CONFIG)
+    assert [line.split(":")[0] for line in error.value.details] == ["loss.weight"]
 
 
 def test_the_work_folder_holds_weights_and_config_at_step_0(ported):
@@ -247,7 +263,7 @@ CHANGES = {
     "missing": (lambda s: s.pop("out.2.bias") and s, "out.2.bias: the config wants float32[1]", 0),
     "extra": (lambda s: {**s, "label_emb.weight": torch.zeros(3)}, "label_emb.weight", 0),
     "shape": (lambda s: {**s, "out.2.bias": torch.zeros(3)}, "the file has float32[3]", 0),
-    "half": (lambda s: {n: x.half() for n, x in s.items()}, "the file has float16", None),
+    "double": (lambda s: {n: x.double() for n, x in s.items()}, "the file has float64", None),
     "count": (
         lambda s: {**s, "clasifier.bn_2.num_batches_tracked": torch.tensor(2**31)},
         "num_batches_tracked = 2147483648, which is not a count",
@@ -294,7 +310,7 @@ def test_code_in_a_file_is_never_run(tmp_path, kind):
     assert "code in a file is never run" in sentence and not trap.exists()
 
 
-@pytest.mark.parametrize("ending", convert.FORMATS)
+@pytest.mark.parametrize("ending", FORMATS)
 def test_a_truncated_file(ported, tmp_path, ending):
     path = tmp_path / f"model{ending}"
     convert.to_file(ported, path)
@@ -333,13 +349,17 @@ def test_the_command_converts_both_ways_and_lists_what_differs(file, tmp_path, c
     assert err.startswith(said)
     listed = [line.split(":")[0] for line in out.splitlines()]
     assert listed == ["clasifier.fc_2.bias", "clasifier.fc_2.weight"]
+    with pytest.raises(SystemExit):
+        cli.main([*inwards, "--config.model.channels=16", f"--workdir={tmp_path / 'other'}"])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 11 and out.endswith("\nand 70 more\n")
     assert not (tmp_path / "other").exists()
 
 
 def test_wrong_paths(file, ported, tmp_path):
     assert "is not a file" in refused(tmp_path / "absent.pt", CONFIG, tmp_path / "run")
-    assert "must end in one of .pt, .safetensors" in refused(
-        tmp_path / "model.ckpt", CONFIG, tmp_path / "run"
+    assert "must end in one of .pt, .pth, .bin, .ckpt, .safetensors" in refused(
+        tmp_path / "model.h5", CONFIG, tmp_path / "run"
     )
     with pytest.raises(InvalidValue, match="exists and is not empty"):
         convert.from_file(file, CONFIG, ported)

@@ -6,6 +6,9 @@ import pytest
 import jdm
 from jdm import checkpoint
 from jdm.data.splits import load_split
+from jdm.joint import make_network
+from jdm.mesh import make_mesh
+from jdm.trainer import prepare
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +22,17 @@ def images():
 
 
 def test_load_takes_the_ema(tiny, joint):
-    saved = checkpoint.restore(tiny, 4, weights=jax.tree.map(abstract, joint.weights))["weights"]
-    jax.tree.map(np.testing.assert_array_equal, joint.weights, saved)
+    """Step 4 of the EMA of a run, and not the weights of the run at that step."""
+    state = prepare(joint.config, make_mesh()).state
+    rest = {name: value for name, value in vars(state).items() if name != "ema"}
+    rest = {name: value for name, value in rest.items() if value is not None}
+    saved = checkpoint.restore(tiny, 4, weights=state.ema, train_state=rest)
+    jax.tree.map(np.testing.assert_array_equal, joint.weights, saved["weights"])
+    both = joint.params, saved["train_state"]["params"]
+    for ema, raw in zip(*map(jax.tree.leaves, both), strict=True):
+        assert (np.asarray(ema) != raw).any()
     assert joint.params is joint.weights["params"] and joint.weights["batch_stats"] == {}
     assert joint.config.model.channels == 8 and joint.diffusion.steps == 50
-
-
-def abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def test_a_step_by_number_or_by_path(tiny):
@@ -49,6 +55,15 @@ def test_denoise_and_logits_are_those_of_the_model(joint):
         joint.denoise(x, t), joint.diffusion.estimate(raw, x, t).eps, atol=1e-4
     )
     np.testing.assert_allclose(joint.logits(x), joint.logits(x, jnp.zeros(3, jnp.int32)))
+
+
+def test_the_classifier_that_guides_is_given_the_t_of_the_image(joint):
+    x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.array([0, 10, 49], jnp.int32)
+    network = make_network(joint.model, joint.diffusion, joint.weights)
+    ours = network.log_probabilities(network.encode(x, t), t)
+    np.testing.assert_allclose(ours, jax.nn.log_softmax(joint.logits(x, t)), atol=1e-5)
+    at_zero = network.log_probabilities(network.encode(x, t), 0 * t)
+    assert np.abs(ours - at_zero)[1:].max() > 1e-3
 
 
 def test_probabilities_sum_to_one_at_any_batch_size(joint, images):

@@ -17,12 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jdm import convert
 from jdm.configs import base
-from jdm.diffusion import guidance
+from jdm.diffusion import guidance, samplers
 from jdm.diffusion.guidance import Network
 from jdm.diffusion.method import Method
-from jdm.diffusion.process import Diffusion, Estimate, Level
-from jdm.diffusion.samplers import SAMPLERS
-from jdm.diffusion.samplers.base import Visit
+from jdm.diffusion.process import Diffusion, Estimate
 from jdm.joint import make_network
 from jdm.nn.model import JointModel, make_model
 from jdm.training.loss import JointLoss
@@ -46,18 +44,11 @@ def run(request, published):
     given |= {name: given[name].astype(jnp.int32) for name in ("t", "labels")}
 
     @jax.jit
-    def step(weights, x, t, noise, at_t, at_s):
-        """(raw output, features, logits) of one pass, and x after an ancestral step."""
-        network = make_network(model, diffusion, weights)
-        features = network.encode(x, t)
+    def one_pass(weights, x, t):
+        """(raw output, features, logits)."""
+        features = model.apply(weights, x, t, method="encode")
         raw = model.apply(weights, features, t, method="decode")
-        estimate = diffusion.estimate(raw, x, t)
-        ancestral = SAMPLERS["ancestral"].make(diffusion, Method(sampler="ancestral"))
-        x0 = diffusion.x0_from_eps(x, t, estimate.eps)
-        visit = Visit(t, at_t, at_t, at_s, predicted=False)
-        _, after = ancestral.step(ancestral.init(x), x, x0, estimate, visit, lambda: noise)
-        after = jnp.where(at_s.variance > 0, after, x0)
-        return raw, features, model.apply(weights, features, t, method="classify"), after
+        return raw, features, model.apply(weights, features, t, method="classify")
 
     with jax.default_matmul_precision("highest"):
         yield SimpleNamespace(
@@ -68,18 +59,14 @@ def run(request, published):
             diffusion=diffusion,
             weights=convert.load_weights(stored.file, stored.config),
             entries=convert.entries(model, head=True),
-            step=step,
+            one_pass=one_pass,
         )
 
 
 @pytest.fixture(scope="module")
 def passed(run):
     """One pass of (x_t, t)."""
-    return one_pass(run, run.x_t, run.t)
-
-
-def one_pass(run, x, t):
-    return run.step(run.weights, x, t, x, Level.of(0.5), Level.of(0.7))[:3]
+    return run.one_pass(run.weights, run.x_t, run.t)
 
 
 def assert_close(run, name, ours, tolerance=1e-4):
@@ -114,8 +101,8 @@ def test_outputs_logits_and_representations(run, passed):
     for i, skip in enumerate(features.skips):
         assert_close(run, f"skip{i}_pooled", skip.mean(axis=(1, 2)))
     assert f"skip{len(features.skips)}_pooled" not in run.stored
-    assert_close(run, "output_x0", one_pass(run, run.x0, run.t)[0])
-    at_zero = one_pass(run, run.x0, 0 * run.t)[2]
+    assert_close(run, "output_x0", run.one_pass(run.weights, run.x0, run.t)[0])
+    at_zero = run.one_pass(run.weights, run.x0, 0 * run.t)[2]
     assert_close(run, "logits_t0", at_zero)
     assert_close(run, "ce", entropies(at_zero, run.labels).mean())
 
@@ -137,15 +124,24 @@ def test_reverse_step(run, passed):
     assert_close(run, "p_log_variance", log_variance)
 
 
-def test_the_last_twenty_steps_of_a_chain(run):
-    """With our ancestral sampler, unclipped, each step with its stored noise."""
-    x = run.chain_start
-    abar = np.append(1.0, run.diffusion.abar)
-    for i, noise in enumerate(run.chain_noise):
-        t = len(run.chain_noise) - 1 - i
-        levels = Level.of(abar[t + 1]), Level.of(abar[t])
-        *_, x = run.step(run.weights, x, jnp.full_like(run.t, t), noise, *levels)
-    assert_close(run, "chain_end", x, 1e-3)
+def test_the_last_twenty_steps_of_a_chain(run, monkeypatch):
+    """`reverse` with the ancestral sampler, unclipped, each step with its stored noise."""
+    times = np.arange(len(run.chain_noise))[::-1]
+
+    def stored_noise(keys, index, shape):
+        return run.chain_noise[len(times) - 1 - index]
+
+    monkeypatch.setattr(samplers, "image_noise", stored_noise)
+    method = Method(sampler="ancestral", threshold="none")
+
+    @jax.jit
+    def chain(weights, x):
+        network = make_network(run.model, run.diffusion, weights)
+        eps_fn = guidance.guide(network, run.diffusion, method, None, 0.0)
+        keys = jax.random.split(jax.random.key(0), len(x))  # not used: the noise is stored
+        return samplers.reverse(eps_fn, run.diffusion, x, keys, times, method)[0]
+
+    assert_close(run, "chain_end", chain(run.weights, run.chain_start), 1e-3)
 
 
 def test_published_guidance(run):

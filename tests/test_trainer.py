@@ -5,11 +5,13 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jdm import checkpoint, trainer
-from jdm.config import config_from_dict, load_config
+from jdm.config import config_from_dict, differences, load_config
+from jdm.data.splits import load_split
 from jdm.errors import InvalidValue
 from jdm.joint import load
 from jdm.tracking import read_metrics
@@ -114,6 +116,15 @@ def test_a_folder_of_another_config_is_refused_by_key(interrupted):
     assert (interrupted / "config.json").read_bytes() == before
 
 
+def test_a_list_of_differences_ends_after_ten(tmp_path):
+    held, other = config_of(), load_config("reference/cifar10")
+    (tmp_path / "config.json").write_text(json.dumps(held.to_dict()))
+    count = len(differences(held, other))
+    with pytest.raises(InvalidValue, match=rf"; and {count - 10} more\)") as info:
+        trainer.check_workdir(other, tmp_path)
+    assert count > 12 and str(info.value).count(" -> ") == 10
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     begin = trainer.begin
 
@@ -194,13 +205,74 @@ def test_a_warm_start_from_nowhere_is_one_sentence_before_any_work(
     assert "\n" not in sentence and not (tmp_path / "run").exists()
 
 
+class Watched:
+    """An array of a device; lists every use of it in READS."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __getattr__(self, name):
+        READS.append(name)
+        return getattr(self.array, name)
+
+    def __array__(self, *args, **kwargs):
+        READS.append("__array__")
+        return np.asarray(self.array)
+
+    def __float__(self):
+        return float(np.asarray(self))
+
+    def __int__(self):
+        return int(np.asarray(self))
+
+    def __bool__(self):
+        return bool(np.asarray(self))
+
+
+READS: list[str] = []
+
+
 def test_the_loop_reads_the_device_only_where_it_logs(tmp_path, monkeypatch):
-    reads = []
-    fetch = trainer.fetch
-    monkeypatch.setattr(trainer, "fetch", lambda *a, **k: reads.append(len(a[0])) or fetch(*a, **k))
+    """Whatever a step returns is read, and waited for, by nothing before the step that logs."""
+    before, compile_step = [], trainer.compile_step
+
+    def watched(*args):
+        compiled = compile_step(*args)
+
+        def step(state, batch, root):
+            before.append(len(READS))
+            plain = jax.tree.map(lambda x: getattr(x, "__dict__", {}).get("array", x), state)
+            state, metrics = compiled(plain, batch, root)
+            if len(before) < 4:  # the last state is saved, too
+                state = jax.tree.map(Watched, state)
+            return state, jax.tree.map(Watched, metrics)
+
+        return step
+
+    monkeypatch.setattr(trainer, "compile_step", watched)
+    READS.clear()
     config = config_of(log=dict(every=4), eval=dict(every=0), checkpoint=dict(every=0))
     trainer.train(config, tmp_path / "run")
-    assert reads == [4]
+    assert before == [0, 0, 0, 0] and READS
+
+
+@pytest.mark.parametrize(
+    "read", [float, int, bool, np.asarray, jax.device_get, jax.block_until_ready, np.sum]
+)
+def test_a_watched_array_lists_every_use(read):
+    READS.clear()
+    read(Watched(jnp.float32(1)))
+    assert READS
+
+
+def test_evaluation_during_training_is_of_the_ema(tiny):
+    """The last row has what an evaluation of the checkpoint, which holds the EMA, finds."""
+    joint, row = load(tiny), read_metrics(tiny)[-1]
+    config = joint.config
+    split = load_split("digits", "validation", trainer.ReadOptions.of(config.data, config.model))
+    options = trainer.EvaluationOptions(config.eval.batch_size)
+    for name, value in trainer.evaluate(joint, config.eval.metrics, split, options):
+        np.testing.assert_allclose(row[f"eval/{name}"], value, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +310,16 @@ def test_mirroring_where_it_changes_the_class_is_a_warning(policy):
 @pytest.mark.parametrize("policy", ["none", "digits"])
 def test_what_does_not_mirror_is_no_warning(policy):
     assert warnings_of(loss=dict(augment=policy)) == []
+
+
+def test_parts_that_change_the_loss_are_a_warning():
+    """Only BatchNorm normalises over a part."""
+    parts = dict(accumulate=2)
+    (said,) = warnings_of(model=dict(head="published"), exec=parts)
+    assert said.startswith("config.exec.accumulate=2 changes the loss") and "8 rows" in said
+    assert warnings_of(exec=parts) == warnings_of(model=dict(head="published")) == []
+    alone = dict(terms=("diffusion",))
+    assert warnings_of(model=dict(head="published"), exec=parts, loss=alone) == []
 
 
 def test_config_is_saved_beside_and_in_the_checkpoint(tiny):

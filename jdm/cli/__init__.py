@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jdm
-from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
 
 COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
 GROUPS = {"data": "Data sets: list, prepare or show."}
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InvalidValue(overrides[0], NO_VALUE, said)
         arguments.run(arguments)
     except InvalidValue as error:
-        for line in error.details:
+        for line in first_ten(error.details):
             print(line)
         name = error.parameter
         _exit(arguments, error.sentence(f"--{name}" if name in arguments.flags else name), 2)

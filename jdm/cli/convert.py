@@ -5,6 +5,7 @@ import argparse
 from jdm.cli.shared import CHECKPOINT, add_config, check_parent, load_joint
 from jdm.config import load_config
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.names import WEIGHT_FILES
 
 HELP = "Convert weights of the published PyTorch implementation to a work folder, or back."
 EXAMPLE = (
@@ -15,11 +16,11 @@ EXAMPLE = (
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--from", dest="source", help="a .pt or .safetensors file of a state_dict")
+    add("--from", dest="source", help=f"a file of a state_dict: {', '.join(WEIGHT_FILES)}")
     add_config(command, required=False)
     add("--workdir", help="the work folder to write: new, or empty")
     add("--checkpoint", help=CHECKPOINT)
-    add("--to", help="the .pt or .safetensors file to write")
+    add("--to", help=f"the file to write: {', '.join(WEIGHT_FILES)}")
     text = "the file has no classifier: with --from the head is initialised, with --to left out"
     add("--without-head", action="store_true", help=text)
 

@@ -5,7 +5,8 @@ jdm.nn.model.JointModel; diffusion, jdm.diffusion.process.Diffusion; loss,
 jdm.training.loss.JointLoss; optim, jdm.training.build.make_optimiser; the others, jdm.trainer.
 
 A checkpoint is tied to its model, diffusion and loss. The section exec, which says how they are
-computed, may differ whenever a run is resumed or a model is loaded.
+computed, may differ whenever a run is resumed or a model is loaded. (With the head "published",
+which normalises over the rows that it sees together, exec.accumulate changes the result too.)
 """
 
 import functools
@@ -57,9 +58,13 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         blocks=Option(2, "residual blocks of each level", POSITIVE),
         attention=Option((4,), "side lengths of the feature maps that get attention", SIDES),
         heads=Option(4, "of each attention layer", POSITIVE),
+        head_channels=Option(0, "channels of each attention head; 0: see heads", NOT_NEGATIVE),
         dropout=Option(0.1, "of the residual blocks", FRACTION),
         learned_variance=Option(False, "whether the output includes the reverse step's variance"),
         resample=Option("conv", "how resolution changes between levels", names=names.RESAMPLES),
+        time_conditioning=Option(
+            "scale_shift", "of the residual blocks", names=names.TIME_CONDITIONINGS
+        ),
         attention_order=Option("head_first", "qkv channel layout", names=names.ATTENTION_ORDERS),
         head=Option("normalised", "the classifier", names=names.HEADS),
         head_time=Option("raw", "time given to the head: t or always 0", names=names.HEAD_TIMES),
@@ -101,7 +106,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
     exec=dict(
         dtype=_resumable("float32", "of the computation; weights are float32", names=names.DTYPES),
         remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
-        accumulate=_resumable(1, "parts of a batch, processed one after the other", POSITIVE),
+        accumulate=_resumable(
+            1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE
+        ),
     ),
     # Intervals in steps; 0 is never. The last step logs, evaluates and saves in any case.
     log=dict(every=_resumable(100, "steps between rows of metrics", NOT_NEGATIVE)),

@@ -15,14 +15,21 @@ from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
 from jdm.nn.heads import HEAD_TIMES, HEADS
-from jdm.nn.unet import ATTENTION_ORDERS, RESAMPLES, Features, UNet, level_sizes
+from jdm.nn.unet import (
+    ATTENTION_ORDERS,
+    RESAMPLES,
+    TIME_CONDITIONINGS,
+    Features,
+    UNet,
+    level_sizes,
+)
 
 Raw = Float[Array, "b h w c2"]  # float32, C channels, or 2C with learned variance
 Logits = Float[Array, "b k"]  # float32
 
 # The fields that the model and its UNet share.
-UNET = "image_size channels multipliers blocks attention heads dropout".split()
-UNET += "resample attention_order remat".split()
+UNET = "image_size channels multipliers blocks attention heads head_channels dropout".split()
+UNET += "resample time_conditioning attention_order remat".split()
 
 
 class JointModel(nn.Module):
@@ -46,9 +53,11 @@ class JointModel(nn.Module):
     blocks: int
     attention: Sequence[int]
     heads: int
+    head_channels: int
     dropout: float
     learned_variance: bool
     resample: str
+    time_conditioning: str
     attention_order: str
     head: str
     head_time: str
@@ -111,10 +120,13 @@ def check_shape(model: JointModel) -> None:
         width = model.channels * model.multipliers[level]
         # The middle blocks have the width of the last level, and one always has attention.
         attends = side in model.attention or level == len(sizes) - 1
-        if attends and width % model.heads:
+        key = "head_channels" if model.head_channels else "heads"
+        if attends and width % getattr(model, key):
             allowed = f"does not divide the {width} channels of the level of {side}×{side}"
-            raise InvalidValue("config.model.heads", model.heads, allowed)
+            raise InvalidValue(f"config.model.{key}", getattr(model, key), allowed)
     names.check_name("config.model.resample", model.resample, RESAMPLES)
+    conditioning = "config.model.time_conditioning"
+    names.check_name(conditioning, model.time_conditioning, TIME_CONDITIONINGS)
     names.check_name("config.model.attention_order", model.attention_order, ATTENTION_ORDERS)
     names.check_name("config.model.head", model.head, HEADS)
     names.check_name("config.model.head_time", model.head_time, HEAD_TIMES)

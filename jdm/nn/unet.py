@@ -86,16 +86,26 @@ RESIZES = {
 }
 
 
+# How a residual block reads the time: (numbers for each channel, function of the block's second
+# normalisation, its input h and these numbers).
+TIME_CONDITIONINGS = names.TIME_CONDITIONINGS.records(
+    scale_shift=(2, lambda norm, h, scale, shift: norm(h) * (1 + scale) + shift),
+    add=(1, lambda norm, h, shift: norm(h + shift)),
+)
+
+
 class ConvResample(nn.Module):
     """Between levels: a convolution with stride 2 ("down"), or pixels repeated, then one ("up").
 
-    Has the fields and arguments of `ResBlock`, but uses neither dropout, embedding nor train.
+    Has the fields and arguments of `ResBlock`, but uses neither dropout, embedding, conditioning
+    nor train.
     """
 
     channels: int
     dropout: float
     dtype: jnp.dtype
-    resize: str
+    resize: str = "none"
+    conditioning: str = "scale_shift"
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
@@ -104,24 +114,28 @@ class ConvResample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block: norm, SiLU, resize, conv, norm, scale and shift by the time, SiLU, conv.
+    """Residual block: norm, SiLU, resize, conv, norm with the time, SiLU, conv.
 
-    resize: one of RESIZES; it also resizes the shortcut.
+    resize: one of RESIZES; it also resizes the shortcut. conditioning: one of TIME_CONDITIONINGS,
+    a scale and shift after the second norm, or a shift before it.
     """
 
     channels: int
     dropout: float
     dtype: jnp.dtype
     resize: str = "none"
+    conditioning: str = "scale_shift"
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
         resize = RESIZES[self.resize]
         h = resize(nn.silu(GroupNorm(self.dtype, name="norm_in")(x)))
         h = conv3x3(self.channels, self.dtype, name="conv_in")(h)
-        modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="time")(nn.silu(embedding))
-        scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-        h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h) * (1 + scale) + shift)
+        count, conditioned = TIME_CONDITIONINGS[self.conditioning]
+        width = count * self.channels
+        modulation = nn.Dense(width, dtype=self.dtype, name="time")(nn.silu(embedding))
+        numbers = jnp.split(modulation[:, None, None, :], count, axis=-1)
+        h = nn.silu(conditioned(GroupNorm(self.dtype, name="norm_out"), h, *numbers))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.channels, self.dtype, zero=True, name="conv_out")(h)
         x = resize(x)
@@ -175,10 +189,12 @@ class Block(nn.Module):
     heads: int = 1
     attention: bool = False
     order: str = "head_first"
+    conditioning: str = "scale_shift"
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
-        x = ResBlock(self.channels, self.dropout, self.dtype, name="residual")(x, embedding, train)
+        block = (self.channels, self.dropout, self.dtype, "none", self.conditioning)
+        x = ResBlock(*block, name="residual")(x, embedding, train)
         if self.attention:
             x = Attention(self.heads, self.dtype, self.order, name="attention")(x)
         return x
@@ -200,7 +216,9 @@ class UNet(nn.Module):
     heads: int
     dropout: float
     dtype: jnp.dtype
+    head_channels: int = 0
     resample: str = "conv"
+    time_conditioning: str = "scale_shift"
     attention_order: str = "head_first"
     remat: bool = False
 
@@ -212,14 +230,17 @@ class UNet(nn.Module):
         remat = functools.partial(nn.remat, static_argnums=(3,)) if self.remat else lambda cls: cls
 
         def block(level, attends):
-            attention = self.heads, attends, self.attention_order
-            return remat(Block)(widths[level], self.dropout, self.dtype, *attention)
+            width = widths[level]
+            heads = width // self.head_channels if self.head_channels else self.heads
+            attention = heads, attends, self.attention_order
+            return remat(Block)(width, self.dropout, self.dtype, *attention, self.time_conditioning)
 
         def level_blocks(level, count):
             return [block(level, sizes[level] in self.attention) for _ in range(count)]
 
         def resample(level, resize):
-            return remat(RESAMPLES[self.resample])(widths[level], self.dropout, self.dtype, resize)
+            fields = widths[level], self.dropout, self.dtype, resize, self.time_conditioning
+            return remat(RESAMPLES[self.resample])(*fields)
 
         self.time_in = nn.Dense(4 * self.channels, dtype=self.dtype)
         self.time_out = nn.Dense(4 * self.channels, dtype=self.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8, UInt32
 
 from jdm import plot
-from jdm.errors import InvalidValue
+from jdm.errors import InvalidValue, first_ten
 from jdm.files import is_system, write_whole
 from jdm.sampling.labels import label_text
 
@@ -195,8 +195,9 @@ def differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:
     The paths of the models are not compared; the digests of their weights are.
     """
     wanted = json.loads(json.dumps(wanted))
-    return ", ".join(
+    differing = [
         f"{name}: {held.get(name)} -> {wanted.get(name)}"
         for name in sorted((held.keys() | wanted.keys()) - PATHS)
         if held.get(name) != wanted.get(name)
-    )
+    ]
+    return ", ".join(first_ten(differing))

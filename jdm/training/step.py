@@ -104,9 +104,10 @@ def loss_gradient(
     """((gradient, loss, metrics), the next batch_stats, {term: values [B]}) for a batch.
 
     The batch is processed in `parts` equal parts, one after the other, with the memory that one
-    part needs. Gradients, losses and metrics are summed over the parts. Each part begins with the
-    batch_stats of the part before. key: for dropout. On a CPU more than one part is slow: XLA runs
-    convolutions inside a loop several times slower.
+    part needs. Gradients, losses and metrics are summed over the parts, and are those of the whole
+    batch, except with a head that normalises over the batch: it sees one part. Each part begins
+    with the batch_stats of the part before. key: for dropout. On a CPU more than one part is slow:
+    XLA runs convolutions inside a loop several times slower.
     """
 
     def of_part(batch_stats, rows, key):

@@ -184,7 +184,32 @@ def test_the_outcomes_of_a_multi_label_classifier_are_labels_on_and_off():
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [name for name in GUIDANCE if name != "none"])
+def test_the_classifier_is_asked_at_the_t_of_the_image(guidance):
+    """A classifier that always answers for t = 0 would guide elsewhere."""
+    at_zero = NETWORK._replace(
+        log_probabilities=lambda z, t: NETWORK.log_probabilities(z, jnp.zeros_like(t))
+    )
+    given, ours, wrong = [], run(guidance, NETWORK).eps, run(guidance, at_zero).eps
+
+    def log_probabilities(features, t):
+        jax.debug.callback(lambda t: given.append(np.asarray(t)), t)
+        return NETWORK.log_probabilities(features, t)
+
+    watched = NETWORK._replace(log_probabilities=log_probabilities)
+    np.testing.assert_allclose(run(guidance, watched).eps, ours, atol=1e-6)
+    jax.effects_barrier()
+    assert given and all((t == TIMES).all() for t in given)
+    assert np.abs(ours - wrong)[np.asarray(TIMES) > 0].max() > 1e-3
+
+
 # The scale.
+
+
+def test_default_scales():
+    """That of `published` is the published one; the others were chosen (docs/results.md)."""
+    expected = dict(none=0.0, pixel=8.0, representation=8.0, both=8.0, published=1000.0)
+    assert {name: one.default_scale for name, one in GUIDANCE.items()} == expected
 
 
 @pytest.mark.parametrize("schedule", SCALE_SCHEDULES)

@@ -106,14 +106,21 @@ def norms(arrays):
     return np.sqrt(sum((a**2).sum(axis=1, keepdims=True) for a in arrays))
 
 
+# The step size by prediction. To the decoder, features moved along the gradient are those of an
+# x_t + u with u toward the class: for eps u is noise to remove, so its sign is negative.
+SIZES = {"eps": -1.0, "x0": 0.5, "v": -0.05, "previous": 0.5}
+
+
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
-@pytest.mark.parametrize("layer", ["early", "late"])
+@pytest.mark.parametrize(
+    "layer, prediction", [("early", "eps"), *(("late", name) for name in PREDICTIONS)]
+)
 def test_representations_move_along_the_total_derivative_and_eps_as_far_as_under_pixel(
-    layer, scale
+    layer, prediction, scale
 ):
     features, total = layers(np, FLAT, ZERO), total_derivatives()
     g = slopes(lambda h: log_likelihood(FLAT + h, ZERO))
-    p = PREDICTIONS["eps"].perturbation * norms(features) / norms(total)
+    p = SIZES[prediction] * norms(features) / norms(total)
     shown = getattr(features, layer)
     # Through the decoder's tanh, the derivative alone would give another direction.
     change = np.tanh(shown + p * getattr(total, layer)) - np.tanh(shown)
@@ -122,7 +129,9 @@ def test_representations_move_along_the_total_derivative_and_eps_as_far_as_under
     b = np.sqrt(1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None]
     step = b * norms([g]) * sign * change / norms([change])
     expected = np.tanh(shown) + scale * step
-    np.testing.assert_allclose(run("representation", layered(layer), scale), expected, atol=1e-4)
+    diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
+    ours = run("representation", layered(layer), scale, diffusion=diffusion)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_a_classifier_without_a_gradient_changes_nothing():
@@ -155,7 +164,7 @@ def test_inner_steps_follow_the_derivative_where_the_last_one_ended():
     moved, features = ZERO, layers(np, FLAT, ZERO)
     for _ in range(2):
         slope = total_derivatives(moved)
-        p = PREDICTIONS["eps"].perturbation / 2 * norms(features) / norms(slope)
+        p = SIZES["eps"] / 2 * norms(features) / norms(slope)
         moved = Layers(*(move + p * dz for move, dz in zip(moved, slope, strict=True)))
     # The norm of the change is known from scale 1; its direction is left to compare.
     plain = np.tanh(features.late)

@@ -25,6 +25,7 @@ X, T = noise(0, 3, 8, 8, 1), jnp.asarray([0, 10, 500], jnp.int32)
         ({}, (8, 8, 1), 1),
         ({"learned_variance": True, "image_channels": 3}, (8, 8, 3), 6),
         ({"resample": "resblock"}, (8, 8, 1), 1),
+        ({"resample": "resblock", "time_conditioning": "add"}, (8, 8, 1), 1),
         ({"image_size": 28, "multipliers": (1, 2, 2), "attention": (28,)}, (28, 28, 1), 1),
         ({"dtype": "bfloat16"}, (8, 8, 1), 1),
         ({"dtype": "bfloat16", "head": "published"}, (8, 8, 1), 1),
@@ -156,6 +157,9 @@ def test_dropout_acts_in_training(tiny_model, tiny_params, where):
         # Only the middle attends, and its width counts too.
         ({"heads": 3, "attention": (), "multipliers": (3, 2)}, r"model\.heads=3 .* 16 channels"),
         ({"heads": 3, "attention": (8,), "multipliers": (2, 3)}, r"model\.heads=3 .* 16 channels"),
+        ({"head_channels": 3}, r"model\.head_channels=3 does not divide the 16 channels"),
+        ({"head_channels": 32}, r"model\.head_channels=32 does not divide the 16 channels"),
+        ({"time_conditioning": "x"}, r"model\.time_conditioning='x' .* scale_shift, add"),
         ({"resample": "pool"}, r"model\.resample='pool' is unknown; known: conv, resblock"),
         ({"attention_order": "x"}, r"model\.attention_order='x' .* head_first, qkv_first"),
         ({"head": "linear"}, r"model\.head='linear' is unknown; known: normalised, published"),
@@ -176,6 +180,7 @@ def test_what_does_not_fit_is_one_sentence_with_the_key(tiny_model, changes, mes
 def test_every_known_name_fits(tiny_model):
     for key, known in {
         "resample": names.RESAMPLES,
+        "time_conditioning": names.TIME_CONDITIONINGS,
         "attention_order": names.ATTENTION_ORDERS,
         "head": names.HEADS,
         "head_time": names.HEAD_TIMES,
@@ -184,6 +189,7 @@ def test_every_known_name_fits(tiny_model):
         for name in known:
             check_shape(tiny_model(**{key: name}))
     check_shape(tiny_model(heads=3, attention=(), multipliers=(1, 3)))
+    check_shape(tiny_model(heads=3, head_channels=8))  # heads is not used
 
 
 # Recomputing instead of keeping.

@@ -94,6 +94,9 @@ def test_a_folder_of_other_settings_or_other_things_is_left_alone(tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), samples_of().images[0, ::-1])
     with pytest.raises(ValueError, match=r"holds samples of other settings: steps: 3 -> 4$"):
         samples_of(settings={**SETTINGS, "steps": 4}).save(tmp_path / "x")
+    many = {**SETTINGS, **{f"option_{i:02}": i for i in range(13)}}
+    with pytest.raises(ValueError, match=r": option_00: .*, option_09: None -> 9, and 3 more$"):
+        samples_of(settings=many).save(tmp_path / "x")
     (tmp_path / "x" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes.txt, which is not one of its samples"):
         samples_of().save(tmp_path / "x")
