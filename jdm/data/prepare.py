@@ -36,16 +36,31 @@ def prepare(
     the disk or readable images are missing.
     """
     facts = dataset(name)
+    print(description(facts), flush=True)
     options = dict(skip_broken=skip_broken) if facts.is_folder else {}
     builder = make_builder(facts, data_dir, **options)
     path = Path(builder.data_path)
     if not path.exists():
         _prepare_records(facts, builder, path)
+    if facts.is_folder:
+        for split, count in facts.splits.items():
+            if missing := count - builder.info.splits[split].num_examples:
+                print(f"left out: broken images of {split}: {missing:,}")
     size = size or next(iter(facts.sizes), None)
     if size:
         for split in {stored_split(facts, split) for split in facts.splits} - {"extra"}:
             whole_split(facts, split, ReadOptions(data_dir, size, facts.channels or 3))
     return path
+
+
+def description(facts: Dataset) -> str:
+    """What a data set consists of, as it was understood: splits, classes and what is left out."""
+    if facts.is_folder:
+        return f"{facts.name} is read as\n{listing(facts.name.removeprefix(FOLDER))}"
+    splits = ", ".join(f"{name} {count:,}" for name, count in facts.splits.items())
+    drawn = f" ({' and '.join(facts.from_train)} are drawn from train)" * bool(facts.from_train)
+    kind = "attributes" if facts.multi_label else "classes"
+    return f"{facts.name}: {splits} images{drawn}, {facts.num_classes} {kind}"
 
 
 def _prepare_records(facts: Dataset, builder: Any, path: Path) -> None:

@@ -31,7 +31,8 @@ class Records:
     """The records of a split, in the order of the files.
 
     A record is {"image": bytes, "label": int32 []}; the label of a multi-label data set is int8 [K]
-    of 0 and 1. root: the folder of all prepared data sets. path: the folder of this one.
+    of 0 and 1. That of a folder also has "file", a str. root: the folder of all prepared data sets.
+    path: the folder of this one.
 
     Raises DataError where the files are missing or cannot be read.
     """
@@ -83,7 +84,10 @@ class Records:
         (label,) = found["label"].int64_list.value
         if not -1 <= label < self._facts.num_classes:
             raise ValueError(f"record {i} has the label {label}")
-        return {"image": image, "label": np.int32(label)}
+        record = {"image": image, "label": np.int32(label)}
+        if "file" in found:  # of a folder, prepared by this version
+            record["file"] = found["file"].bytes_list.value[0].decode()
+        return record
 
     def fingerprint(self, split: str) -> str:
         """A hash of dataset_info.json and the files' names and sizes: the same for every copy."""
