@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import jdm.configs
 from jdm.configs import base
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 from jdm.names import check_name, did_you_mean
 from jdm.options import Option
 
@@ -58,9 +59,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def _read(name: str) -> ConfigDict:
     """The result of get_config() in a packaged config or a file."""
     if name.endswith(".py"):
-        if not Path(name).is_file():
+        path = local_path("config", name)
+        if not Path(path).is_file():
             raise InvalidValue("config", name, "is not a file")
-        found = runpy.run_path(name)
+        found = runpy.run_path(path)
     else:
         check_name("config", name, [*config_names(), "the path of a .py file"])
         found = vars(importlib.import_module(f"jdm.configs.{name.replace('/', '.')}"))

@@ -24,6 +24,7 @@ from jdm.config import config_from_dict, with_exec
 from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
 from jdm.nn.unet import block_names
@@ -131,14 +132,15 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     on all devices of this host, as float32 even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec.
+    InvalidValue for a wrong value of exec and for a path that is not local, see files.local_path.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
             stacklevel=2,
         )
-    workdir = epath.Path(PRETRAINED.get(path, path) if isinstance(path, str) else path)
+    packaged = PRETRAINED.get(path) if isinstance(path, str) else None
+    workdir = epath.Path(packaged or local_path("path", path))
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
         workdir, step = workdir.parent.parent, int(workdir.name)
     if step is None:
@@ -162,9 +164,14 @@ def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
-def as_joint(joint: "Joint | str | os.PathLike") -> Joint:
+def as_joint(joint: "Joint | str | os.PathLike", parameter: str = "joint") -> Joint:
     """The Joint itself, or the one loaded from a path: public functions take either."""
-    return joint if isinstance(joint, Joint) else load(joint)
+    if isinstance(joint, Joint):
+        return joint
+    try:
+        return load(joint)
+    except InvalidValue as error:
+        raise (error.about(parameter) if error.parameter == "path" else error) from None
 
 
 def name_of(joint: "Joint | str | os.PathLike") -> str:

@@ -23,7 +23,7 @@ from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue
-from jdm.files import write_whole
+from jdm.files import local_path, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     the work folder, CheckpointError where saving fails, DataError where the data cannot be read,
     NonFiniteError where the loss is not finite.
     """
-    started, workdir = time.monotonic(), Path(workdir)
+    started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     mesh, root = make_mesh(), jax.random.key(config.seed)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled)):
@@ -189,8 +189,9 @@ def warm_source(config: ConfigDict, run: Run) -> Joint | None:
     path = config.train.init_from
     if not path:
         return None
+    found = local_path("config.train.init_from", path)
     try:
-        joint = load(path)
+        joint = load(found)
         new_arrays(run.state.ema, joint.weights)
     except checkpoint.CheckpointError as error:
         raise InvalidValue("config.train.init_from", path, f"cannot be loaded: {error}") from error

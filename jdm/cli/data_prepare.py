@@ -26,5 +26,5 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         path = prepare(arguments.name, arguments.data_dir, **options)
     except InvalidValue as error:
-        raise error.about("name") from error
+        raise (error.about("name") if error.parameter == "config.data.name" else error) from None
     print(f"{arguments.name} is prepared in {path}")

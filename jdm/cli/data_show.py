@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm.cli.shared import add_data_dir, check_parent, check_size
+from jdm.cli.shared import add_data_dir, check_parent, check_size, data_dir
 from jdm.errors import InvalidValue
 from jdm.files import write_whole
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         facts = dataset(arguments.name)
         size, channels = arguments.size or (facts.sizes or (64,))[0], facts.channels or 3
-        options = ReadOptions(data_dir=arguments.data_dir, size=size, channels=channels)
+        options = ReadOptions(data_dir=data_dir(arguments), size=size, channels=channels)
         split = load_split(arguments.name, arguments.split, options)
     except InvalidValue as error:
         raise (error.about("name") if error.parameter == "config.data.name" else error) from None

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from jdm.cli import use_compilation_cache
-from jdm.cli.shared import CHECKPOINT, load_joint
+from jdm.cli.shared import CHECKPOINT, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.errors import InvalidValue
-from jdm.files import write_whole
+from jdm.files import local_path, write_whole
 
 HELP = "Evaluate a model: accuracy and cross-entropy."
 EXAMPLE = "jdm eval --checkpoint=runs/digits --out=report/"
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     metrics = arguments.metrics and option.read("metrics", arguments.metrics)
     if metrics is not None:
         option.check("metrics", metrics)
+    folder = Path(local_path("out", arguments.out)) if arguments.out else None
     use_compilation_cache()
     from jdm.analysis.evaluators import EvaluationOptions, evaluate
     from jdm.data.fit import evaluation_options
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     joint = load_joint("checkpoint", arguments.checkpoint)
     config, name = joint.config, arguments.data or joint.config.data.name
     try:
-        options = evaluation_options(name, config.data, config.model, arguments.data_dir)
+        options = evaluation_options(name, config.data, config.model, data_dir(arguments))
         split = load_split(name, arguments.split, options)
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
@@ -48,8 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = source | {"images": len(split.images)} | found
     for key, value in report.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
-    if arguments.out:
-        folder = Path(arguments.out)
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
         print(f"wrote {folder / 'report.json'}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jdm.config import config_names
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 from jdm.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ def add_data_dir(command: argparse.ArgumentParser) -> None:
     """The flag --data_dir."""
     text = "the folder of prepared data ($TFDS_DATA_DIR or ~/tensorflow_datasets)"
     command.add_argument("--data_dir", default="", help=text)
+
+
+def data_dir(arguments: argparse.Namespace) -> str:
+    """The path of --data_dir; "" is its default. Raises InvalidValue where it is not local."""
+    return arguments.data_dir and local_path("data_dir", arguments.data_dir)
 
 
 def add_config(command: argparse.ArgumentParser, required: bool) -> None:
@@ -33,15 +39,16 @@ def load_joint(flag: str, path: str) -> "Joint":
     from jdm.checkpoint import CheckpointError
     from jdm.joint import load
 
+    found = local_path(flag, path)
     try:
-        return load(path)
+        return load(found)
     except (CheckpointError, InvalidValue) as error:
         raise InvalidValue(flag, path, f"cannot be loaded: {error}") from error
 
 
 def check_parent(flag: str, out: str) -> Path:
     """The path of a file to write. Raises InvalidValue where its folder does not exist."""
-    path = Path(out)
+    path = Path(local_path(flag, out))
     if not path.parent.is_dir():
         raise InvalidValue(flag, out, f"cannot be written: the folder {path.parent} does not exist")
     return path

@@ -7,6 +7,7 @@ from jdm.cli import use_compilation_cache
 from jdm.cli.shared import add_config
 from jdm.config import load_config
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 
 HELP = "Train a joint model; the same command resumes."
 EXAMPLE = "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-4"
@@ -20,7 +21,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    workdir = Path(arguments.workdir)
+    workdir = Path(local_path("workdir", arguments.workdir))
     if workdir.exists() and not workdir.is_dir():
         raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
     use_compilation_cache()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 from jdm.names import FOLDER
 
 ENDINGS = (".png", ".jpg", ".jpeg")
@@ -87,7 +88,7 @@ def listing(path: str) -> Listing:
     def invalid(allowed: str, hint: str = "") -> InvalidValue:
         return InvalidValue("config.data.name", FOLDER + path, allowed, hint)
 
-    root, left_out = Path(path).expanduser(), LeftOut()
+    root, left_out = Path(local_path("config.data.name", path)), LeftOut()
     if not root.is_dir():
         raise invalid("is not a folder")
     folders = _split_folders(root, invalid, left_out) or {"train": ""}

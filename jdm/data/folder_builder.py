@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jdm.data import DataError
 from jdm.data.decoding import check_image
 from jdm.data.folder import listing, shown
+from jdm.files import local_path
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
@@ -26,7 +27,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, path: str, skip_broken: bool = False, **kwargs):
-        self._root = Path(path).expanduser().resolve()
+        self._root = Path(local_path("config.data.name", path)).resolve()
         self._listing = listing(path)
         self._skip_broken = skip_broken
         where = hashlib.sha256(os.fsencode(self._root)).hexdigest()[:8]

@@ -20,6 +20,7 @@ from jdm.data.images import check_room, mebibytes
 from jdm.data.lookup import dataset
 from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
+from jdm.files import local_path
 from jdm.names import FOLDER
 
 
@@ -35,6 +36,7 @@ def prepare(
     Raises InvalidValue for an unknown name, and DataError where TensorFlow, the network, room on
     the disk or readable images are missing.
     """
+    data_dir = data_dir and local_path("data_dir", data_dir)
     facts = dataset(name)
     print(description(facts), flush=True)
     options = dict(skip_broken=skip_broken) if facts.is_folder else {}

@@ -22,6 +22,7 @@ from absl import logging
 from jdm.data import DataError
 from jdm.data.datasets import Dataset
 from jdm.data.lookup import dataset
+from jdm.files import local_path
 from jdm.names import FOLDER
 
 BLOCK = 128  # records in one read
@@ -154,13 +155,17 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
 def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     """The TFDS builder of a data set. options: of a folder, see `folder_builder.Folder`.
 
-    Raises DataError for data that was prepared in another format.
+    Raises DataError for data that was prepared in another format, InvalidValue for a data_dir that
+    is not local.
     """
     import tensorflow_datasets as tfds  # slow to import
 
     module = importlib.import_module(facts.module)  # registers the builder
-    # TFDS would create a folder called "~", since it expands the name only in some places.
-    data_dir = os.path.expanduser(data_dir)
+    default = os.environ.get("TFDS_DATA_DIR")
+    if not data_dir and default:  # TFDS has read it, as it is, when it was imported
+        data_dir = local_path("TFDS_DATA_DIR", default)
+    elif data_dir:
+        data_dir = local_path("config.data.dir", data_dir)
     options |= dict(data_dir=data_dir or None, file_format="array_record")
     if facts.is_folder:
         verbosity = logging.get_verbosity()

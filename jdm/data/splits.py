@@ -23,6 +23,7 @@ from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
 from jdm.data.records import Records
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 
 DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
 HELD_OUT_SEED = 20_230_918  # of the draw of held-out images, which is the same in every run
@@ -194,7 +195,9 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
     if not size or not channels:
         allowed = f"and channels must be given: the images of {facts.name} may have any size"
         raise InvalidValue("size", NO_VALUE, allowed)
-    cache = Path(options.cache_dir).expanduser() if options.cache_dir else records.root / DECODED
+    cache = records.root / DECODED
+    if options.cache_dir:
+        cache = Path(local_path("config.data.cache_dir", options.cache_dir))
     prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
     fingerprint = records.fingerprint(stored)
     if options.workers:

@@ -105,7 +105,7 @@ def check_request(
     _COUNT.check("n", n)
     _COUNT.check("batch_size", batch_size)
     classifier_name = None if classifier is None else name_of(classifier)
-    classifier = None if classifier is None else as_joint(classifier)
+    classifier = None if classifier is None else as_joint(classifier, "classifier")
     model, guidance = joint.model, GUIDANCE[method.guidance]
     labels, seeds = check_rows(n, labels, seeds, model.num_classes, model.multi_label)
     check_takes(method, "sampler", SAMPLERS)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Num, UInt8, UInt32
 
 from jdm import plot
 from jdm.errors import InvalidValue
-from jdm.files import write_whole
+from jdm.files import local_path, write_whole
 from jdm.sampling.labels import label_text
 
 SETTINGS = "settings.json"
@@ -54,7 +54,7 @@ class Samples:
         The file or folder appears whole or not at all. Raises InvalidValue for another suffix, a
         .gif without a trajectory, and a folder that holds anything but samples of these settings.
         """
-        path = Path(path)
+        path = Path(local_path("path", path))
         if suffix := check_format(path):
             write_whole(path, FORMATS[suffix](self))
         else:
