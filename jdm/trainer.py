@@ -19,6 +19,7 @@ from jdm import checkpoint
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty
+from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
 from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
@@ -37,14 +38,21 @@ class NonFiniteError(Failure):
     """A loss or a gradient that is not finite; the message names the step."""
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    other_data: bool = False,
+) -> None:
     """Trains a model, or resumes from the work folder's last checkpoint.
 
-    dry_run: build and compile, print the memory needed, write nothing.
+    dry_run: build and compile, print the memory needed, write nothing. other_data: resume even
+    where the data has other images, labels or names of classes than the checkpoint says.
 
     Raises InvalidValue for values of the config that do not fit together or differ from those of
-    the work folder, CheckpointError where saving fails, DataError where the data cannot be read,
-    NonFiniteError where the loss is not finite.
+    the work folder, and for other data; CheckpointError where saving fails, DataError where the
+    data cannot be read, NonFiniteError where the loss is not finite.
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     mesh, root = make_mesh(), jax.random.key(config.seed)
@@ -66,11 +74,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
         print(f"{workdir} is trained already: {last} of {config.train.steps} steps")
         return
     batches, evaluated = read_data(config)
+    dataset = identity_of_run(config.data, ReadOptions.of(config.data, config.model))
+    if last is not None and not other_data:
+        check_data(workdir, last, dataset)
     step = compile_step(config, run, mesh, root)
     if last is None:
-        state = begin(config, run, root, source or warm_source(config, run))
+        state = begin(config, run, root, source or warm_source(config, run), dataset)
     else:
-        state = resume(run, workdir, last, batches, root)
+        state = resume(run, workdir, last, batches, root, other_data)
 
     start, rows = last or 0, config.data.batch_size
     options = EvaluationOptions(config.eval.batch_size)
@@ -92,14 +103,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
             row["train/images_per_second"] = len(pending) * rows / (time.monotonic() - since)
             pending = []
             if evaluates:
-                joint = Joint(config, run.model, run.diffusion, state.ema)
+                joint = Joint(config, run.model, run.diffusion, state.ema, dataset)
                 found = evaluate(joint, config.eval.metrics, evaluated, options)
                 row |= {f"eval/{name}": value for name, value in found}
             log.write(done, done * rows, row)
             values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             progress.say(f"step {done}  {values}")
             if saves:  # everything that the next step depends on
-                rest = dict(data=batches.get_state(), config=config_to_dict(config))
+                data = batches.get_state() | {"dataset": dataset}
+                rest = dict(data=data, config=config_to_dict(config))
                 checkpoint.save(workdir, done, **_trees(state), **rest, keep=config.checkpoint.keep)
             since = time.monotonic()
 
@@ -200,17 +212,30 @@ def warm_source(config: ConfigDict, run: Run) -> Joint | None:
     return joint
 
 
-def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> TrainState:
+def begin(
+    config: ConfigDict, run: Run, root: Any, source: Joint | None, dataset: Identity
+) -> TrainState:
     """The state before the first step: new, or with the weights of `source`, see `warm_source`."""
     if source is None:
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
     listed = f"; new: {', '.join(new)}" if new else ""
     print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    if renamed := class_differences(source.dataset, dataset):
+        print(f"its classes were others: {'; '.join(renamed[:SHOWN])}")
     return warm_started(run.init(root), source.weights)
 
 
-def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any) -> TrainState:
+def check_data(workdir: Path, step: int, dataset: Identity) -> None:
+    """Raises InvalidValue where a checkpoint was trained on other data than `dataset`."""
+    if "data" in checkpoint.items(workdir, step):
+        before = checkpoint.read_data(workdir, step).get("dataset", {})
+        check_same(before, dataset, "config.data.name", "trains")
+
+
+def resume(
+    run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any, other_data: bool
+) -> TrainState:
     """The state of a checkpoint; also sets the position of `batches`.
 
     A converted checkpoint has only weights: training starts from them with a new optimiser.
@@ -218,7 +243,7 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
         print(f"resuming from step {step} of {workdir}")
         items = checkpoint.restore(workdir, step, **_trees(run.state))
-        batches.set_state(checkpoint.read_data(workdir, step))
+        batches.set_state(checkpoint.read_data(workdir, step), other_data=other_data)
         return TrainState(ema=items["weights"], **items["train_state"])
     print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
     weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from jdm.cli import use_compilation_cache
-from jdm.cli.shared import CHECKPOINT, data_dir, load_joint
+from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.errors import InvalidValue
 from jdm.files import local_path, write_whole
@@ -22,6 +22,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--split", default="test", help="train, validation or test (test)")
     add("--data_dir", default="", help="the folder of prepared data (that of the training)")
     add("--out", help="a folder for report.json")
+    add_other_data(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,13 +34,19 @@ def run(arguments: argparse.Namespace) -> None:
     use_compilation_cache()
     from jdm.analysis.evaluators import EvaluationOptions, evaluate
     from jdm.data.fit import evaluation_options
-    from jdm.data.splits import load_split
+    from jdm.data.identity import check_same, identity
+    from jdm.data.lookup import dataset
+    from jdm.data.splits import load_split, stored_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
     config, name = joint.config, arguments.data or joint.config.data.name
     try:
         options = evaluation_options(name, config.data, config.model, data_dir(arguments))
         split = load_split(name, arguments.split, options)
+        if not arguments.other_data:
+            stored = stored_split(dataset(name), arguments.split)
+            now = identity(name, options, [stored])
+            check_same(joint.dataset, now, "config.data.name", "evaluates")
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None

@@ -34,6 +34,12 @@ def add_config(command: argparse.ArgumentParser, required: bool) -> None:
     add("--config.SECTION.KEY", dest="unused", metavar="VALUE", help=text)
 
 
+def add_other_data(command: argparse.ArgumentParser) -> None:
+    """The flag --other-data."""
+    text = "accept data with other images or classes than the model was trained on"
+    command.add_argument("--other-data", action="store_true", help=text)
+
+
 def load_joint(flag: str, path: str) -> "Joint":
     """The model at the path that a flag names. Raises InvalidValue where it cannot be loaded."""
     from jdm.checkpoint import CheckpointError

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from jdm.cli import use_compilation_cache
-from jdm.cli.shared import add_config
+from jdm.cli.shared import add_config, add_other_data
 from jdm.config import load_config
 from jdm.errors import InvalidValue
 from jdm.files import local_path
@@ -17,6 +17,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add_config(command, required=True)
     command.add_argument("--workdir", required=True, help="the folder of checkpoints and metrics")
     command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
+    add_other_data(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,4 +28,5 @@ def run(arguments: argparse.Namespace) -> None:
     use_compilation_cache()
     from jdm import trainer
 
-    trainer.train(config, workdir, dry_run=arguments.dry_run)
+    options = dict(dry_run=arguments.dry_run, other_data=arguments.other_data)
+    trainer.train(config, workdir, **options)

@@ -33,7 +33,7 @@ class Records:
 
     A record is {"image": bytes, "label": int32 []}; the label of a multi-label data set is int8 [K]
     of 0 and 1. That of a folder also has "file", a str. root: the folder of all prepared data sets.
-    path: the folder of this one.
+    path: the folder of this one. class_names: of the labels 0 to K - 1, or of the K attributes.
 
     Raises DataError where the files are missing or cannot be read.
     """
@@ -52,9 +52,9 @@ class Records:
             self._source = builder.as_data_source(split, deserialize_method=raw)
             # Not the decoders of TFDS, which take longer than reading the record.
             self._parse = tf_example_pb2.Example.FromString
-            if facts.multi_label:
-                names = builder.info.features["attributes"]
-                self._labels = [f"attributes/{name}" for name in names]
+            label = builder.info.features["attributes" if facts.multi_label else "label"]
+            self.class_names = tuple(label if facts.multi_label else label.names)
+            self._labels = [f"attributes/{name}" for name in self.class_names]
             if not facts.is_folder:  # whose broken images may be left out
                 sizes = facts.splits
                 expected = sum(sizes.values()) if facts.from_train else sizes[split]

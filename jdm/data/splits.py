@@ -195,16 +195,20 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
     if not size or not channels:
         allowed = f"and channels must be given: the images of {facts.name} may have any size"
         raise InvalidValue("size", NO_VALUE, allowed)
+    if options.workers:
+        reopen = functools.partial(Records, facts, stored, options.data_dir)
+        images = EncodedImages(reopen, len(records), size, channels)
+        return images, labels_of(cache_folder(records, stored, options, "labels"), records)
+    folder = cache_folder(records, stored, options, f"{size}x{size}x{channels}-v{VERSION}")
+    if not folder.exists():
+        print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
+    return decoded_split(folder, records, size, channels)
+
+
+def cache_folder(records: Records, stored: str, options: ReadOptions, what: str) -> Path:
+    """The folder that keeps what was computed from the records of a stored split."""
     cache = records.root / DECODED
     if options.cache_dir:
         cache = Path(local_path("config.data.cache_dir", options.cache_dir))
     prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
-    fingerprint = records.fingerprint(stored)
-    if options.workers:
-        reopen = functools.partial(Records, facts, stored, options.data_dir)
-        images = EncodedImages(reopen, len(records), size, channels)
-        return images, labels_of(cache / f"{prefix}-labels-{fingerprint}", records)
-    folder = cache / f"{prefix}-{size}x{size}x{channels}-v{VERSION}-{fingerprint}"
-    if not folder.exists():
-        print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
-    return decoded_split(folder, records, size, channels)
+    return cache / f"{prefix}-{what}-{records.fingerprint(stored)}"

@@ -31,7 +31,8 @@ class Samples:
     [N, K], attributes int8 [N, K] (-1: not guided), or None. seeds: uint32 [N]. settings: the
     options and models that generated them. probabilities: p(label | image) by the given classifier
     or the model's own, float32 [N], NaN for an image without guidance; None without labels.
-    trajectory: the estimates of x0 at every step, uint8 [steps, N, H, W, C], or None.
+    trajectory: the estimates of x0 at every step, uint8 [steps, N, H, W, C], or None. class_names:
+    of the model; () where they are unknown.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
@@ -40,6 +41,7 @@ class Samples:
     settings: dict[str, Any]
     probabilities: Float[np.ndarray, " n"] | None = None
     trajectory: UInt8[np.ndarray, "s n h w c"] | None = None
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -84,7 +86,7 @@ class Samples:
         captions = []
         for label, probability in zip(self.labels, self._probabilities(), strict=True):
             known = "" if np.isnan(probability) else f" {probability:.0%}"
-            captions.append(label_text(label) + known)
+            captions.append(label_text(label, self.class_names) + known)
         return plot.captioned(self.images, captions, self._columns())
 
     def _png(self) -> bytes:
