@@ -83,6 +83,7 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
     "data list --data_dir": "data list --data_dir={}",
     "data prepare name": "data prepare folder:{}",
     "data prepare --data_dir": "data prepare digits --data_dir={}",
+    "data prepare --from": "data prepare mnist --from={}",
     "data show name": "data show folder:{}",
     "data show --data_dir": "data show digits --data_dir={}",
     "data show --out": "data show digits --out={}.png",

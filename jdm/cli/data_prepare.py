@@ -14,6 +14,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("name", help="a name of jdm data list, or folder:/path")
     text = "height and width in pixels to decode to (those of jdm data list; a folder has none)"
     add("--size", type=int, help=text)
+    text = "a folder with the files that would be downloaded, for machines without a network"
+    add("--from", dest="originals", default="", metavar="FOLDER", help=text)
     add("--skip-broken", action="store_true", help="leave out images that cannot be read")
     add_data_dir(command)
 
@@ -23,6 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.data.prepare import prepare
 
     options = dict(size=arguments.size, skip_broken=arguments.skip_broken)
+    options["originals"] = arguments.originals
     try:
         path = prepare(arguments.name, arguments.data_dir, **options)
     except InvalidValue as error:

@@ -84,20 +84,20 @@ def cycled(
 
     class_names: of the model; () where it knows none, and labels must be numbers.
     """
-    for i, one in enumerate(weights):
-        weights[i] = {_number(k, class_names): v for k, v in one.items()}
-        if len(weights[i]) < len(one):
-            raise _wrong(f"name a class twice in {'+'.join(map(str, one))}")
-    _check_range([label for one in weights for label in one], num_classes)
-    if not multi_label and any(0 in one.values() for one in weights):
+    numbered = [{_number(k, class_names): v for k, v in one.items()} for one in weights]
+    for named, one in zip(weights, numbered, strict=True):
+        if len(one) < len(named):
+            raise _wrong(f"name a class twice in {'+'.join(map(str, named))}")
+    _check_range([label for one in numbered for label in one], num_classes)
+    if not multi_label and any(0 in one.values() for one in numbered):
         raise _wrong("ask for a class to be off; an image has one class with this model")
-    if len(weights) > n:
-        raise _wrong(f"are {len(weights)} for {n} seeds; at most as many are allowed")
-    weights = list(itertools.islice(itertools.cycle(weights), n))
-    if not multi_label and all(list(one.values()) in ([], [1.0]) for one in weights):
-        return [next(iter(one), None) for one in weights]
+    if len(numbered) > n:
+        raise _wrong(f"are {len(numbered)} for {n} seeds; at most as many are allowed")
+    numbered = list(itertools.islice(itertools.cycle(numbered), n))
+    if not multi_label and all(list(one.values()) in ([], [1.0]) for one in numbered):
+        return [next(iter(one), None) for one in numbered]
     rows = np.full((n, num_classes), -1.0 if multi_label else 0.0)
-    for row, one in zip(rows, weights, strict=True):
+    for row, one in zip(rows, numbered, strict=True):
         row[list(one)] = list(one.values())
     return rows
 
