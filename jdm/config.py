@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import jdm.configs
 from jdm.configs import base
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 from jdm.names import check_name, did_you_mean
 from jdm.options import Option
 
@@ -65,13 +66,14 @@ def _read(name: str) -> ConfigDict:
     Raises InvalidValue, with the file and the line, for an error in it.
     """
     is_file = name.endswith(".py")
-    if is_file and not Path(name).is_file():
+    path = local_path("config", name) if is_file else f"configs/{name}.py"
+    if is_file and not Path(path).is_file():
         raise InvalidValue("config", name, "is not a file")
     if not is_file:
         check_name("config", name, [*config_names(), "the path of a .py file"])
     try:
         if is_file:
-            found = runpy.run_path(name)
+            found = runpy.run_path(path)
         else:
             found = vars(importlib.import_module(f"jdm.configs.{name.replace('/', '.')}"))
         if "get_config" not in found:
@@ -81,7 +83,7 @@ def _read(name: str) -> ConfigDict:
         raise
     except (Exception, SystemExit) as error:  # whatever the file does
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        line = _line(error, name if is_file else f"configs/{name}.py")
+        line = _line(error, path)
         raise InvalidValue("config", name, f"fails{line}: {cause}") from error
     if not isinstance(config, Mapping | ConfigDict):
         got, hint = type(config).__name__, "it must end in: return config"

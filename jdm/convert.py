@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from jdm import checkpoint
 from jdm.config import config_to_dict
 from jdm.errors import InvalidValue
-from jdm.files import whole_folder, write_whole
+from jdm.files import local_path, whole_folder, write_whole
 from jdm.joint import Joint, as_joint
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
@@ -195,7 +195,7 @@ def from_file(
     Raises InvalidValue as `load_weights` does, and for a folder that is not empty. Raises
     CheckpointError where the weights cannot be saved.
     """
-    workdir = Path(workdir)
+    workdir = Path(local_path("workdir", workdir))
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         taken = "exists and is not empty; a new folder is needed"
         raise InvalidValue("workdir", str(workdir), taken)
@@ -221,10 +221,11 @@ def to_file(joint: Joint | PathLike, path: PathLike, *, without_head: bool = Fal
     Raises InvalidValue for another ending, and for a head that is not the published one. Raises
     CheckpointError where no model can be loaded, and Failure without PyTorch.
     """
+    path = Path(local_path("to", path))
     encode = file_format("to", path).encode  # raises before the model is loaded
     joint = as_joint(joint)
     arrays = state_dict(joint.model, jax.device_get(joint.weights), head=not without_head)
-    write_whole(Path(path), encode(arrays))
+    write_whole(path, encode(arrays))
 
 
 def state_dict(model: JointModel, weights: Any, head: bool = True) -> dict[str, np.ndarray]:

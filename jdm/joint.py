@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jdm.config import config_from_dict, with_exec
 from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
 from jdm.nn.unet import block_names
@@ -77,13 +78,21 @@ class Joint:
     """A joint model, its diffusion and its weights.
 
     config: the config it was trained with. weights: {"params", "batch_stats"}: the EMA of the
-    parameters, and of the head's running statistics ({} for a head without them).
+    parameters, and of the head's running statistics ({} for a head without them). dataset: what it
+    was trained on, see jdm.data.identity; {} where that is unknown.
     """
 
     config: ConfigDict
     model: JointModel
     diffusion: Diffusion
     weights: Any = dataclasses.field(repr=False)
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes 0 to K - 1, or of the attributes; () where they are unknown, as
+        in checkpoints of version 0.1 and in converted ones."""
+        return tuple(self.dataset.get("class_names", ()))
 
     def denoise(self, xt: Float[Array, "b h w c"], t: Int[Array, " b"]) -> Float[Array, "b h w c"]:
         """The noise estimate [B, H, W, C] for xt at noise level t, int32 [B] in [0, T)."""
@@ -127,18 +136,20 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     path: a work folder, <work folder>/checkpoints/<step>, or the name of a packaged model
     ("digits"; a work folder of that name is "./digits"). step: which checkpoint; None is the
     newest. exec: values that replace those of the config's section exec, such as dtype="bfloat16".
-    Reads only the weights and the config, and verifies their checksums. The weights are replicated
-    on all devices of this host, as float32 even where the file has fewer bits.
+    Reads only the weights, the config and what the data was, and verifies their checksums. The
+    weights are replicated on all devices of this host, as float32 even where the file has fewer
+    bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec.
+    InvalidValue for a wrong value of exec and for a path that is not local, see files.local_path.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
             stacklevel=2,
         )
-    workdir = epath.Path(PRETRAINED.get(path, path) if isinstance(path, str) else path)
+    packaged = PRETRAINED.get(path) if isinstance(path, str) else None
+    workdir = epath.Path(packaged or local_path("path", path))
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
         workdir, step = workdir.parent.parent, int(workdir.name)
     if step is None:
@@ -151,7 +162,9 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     target = abstract_weights(model, replicated(local_mesh()))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
-    return Joint(config, model, diffusion, weights)
+    has_data = "data" in checkpoint.items(workdir, step)  # a converted model has not
+    data = checkpoint.read_data(workdir, step) if has_data else {}
+    return Joint(config, model, diffusion, weights, data.get("dataset", {}))
 
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
@@ -162,9 +175,14 @@ def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
-def as_joint(joint: "Joint | str | os.PathLike") -> Joint:
+def as_joint(joint: "Joint | str | os.PathLike", parameter: str = "joint") -> Joint:
     """The Joint itself, or the one loaded from a path: public functions take either."""
-    return joint if isinstance(joint, Joint) else load(joint)
+    if isinstance(joint, Joint):
+        return joint
+    try:
+        return load(joint)
+    except InvalidValue as error:
+        raise (error.about(parameter) if error.parameter == "path" else error) from None
 
 
 def name_of(joint: "Joint | str | os.PathLike") -> str:
@@ -213,16 +231,21 @@ def check_images(joint: Joint, images: Any, least: int = 0) -> np.ndarray:
 
 
 def classify(
-    joint: "Joint | str | os.PathLike", images: Any, *, batch_size: int = 256
-) -> Float[np.ndarray, "n k"]:
+    joint: "Joint | str | os.PathLike", images: Any, *, batch_size: int = 256, names: bool = False
+) -> Float[np.ndarray, "n k"] | list[dict[str, float]]:
     """Class probabilities, float32 [N, K]. Each row sums to 1; with a multi-label model each entry
     is the probability of one attribute.
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. batch_size: images in one forward pass.
+    images: uint8 [N, H, W, C], or floats in [-1, 1]. batch_size: images in one forward pass. names:
+    return {name of a class: its probability}, the most probable first, for each image instead.
 
-    Raises InvalidValue for images of another shape, dtype or range.
+    Raises InvalidValue for images of another shape, dtype or range, and for `names` where the model
+    does not know them.
     """
     joint = as_joint(joint)
+    if names and not joint.class_names:
+        unknown = "cannot be given: this checkpoint does not hold the names of its classes"
+        raise InvalidValue("names", True, unknown)
     images = check_images(joint, images)
     Option(256, "", POSITIVE).check("batch_size", batch_size)
     probabilities = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax
@@ -233,7 +256,14 @@ def classify(
         batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
         logits = joint.logits(to_floats(batch))
         rows.append(np.asarray(probabilities(logits))[: len(batch) - pad])
-    return np.concatenate(rows)
+    found = np.concatenate(rows)
+    if not names:
+        return found
+    order = np.argsort(-found, axis=1, kind="stable")
+    return [
+        {joint.class_names[k]: float(row[k]) for k in ranked}
+        for row, ranked in zip(found, order, strict=True)
+    ]
 
 
 def to_floats(images: np.ndarray) -> Float[jax.Array, "n h w c"]:

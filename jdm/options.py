@@ -96,7 +96,7 @@ class Option:
             return
         if not self.type.accepts(value):
             raise InvalidValue(parameter, value, f"must be {self.type.words}")
-        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:  # also a NaN
+        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:  # type: ignore[operator]  # also a NaN
             raise InvalidValue(parameter, value, "must be finite")
         for one in value if isinstance(value, tuple) else (value,):
             folder = self.folder and one.startswith(FOLDER)

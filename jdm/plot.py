@@ -53,18 +53,30 @@ def png(picture: UInt8[np.ndarray, "h w c"], least_width: int = 480) -> bytes:
 
 def captioned(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], columns: int) -> bytes:
     """PNG of a grid of enlarged images, each with a line of text below it."""
-    least_width, line, gap = 72, 14, 6  # pixels
+    least_width, line, gap, most = 72, 14, 6, 200  # pixels
     tiles = [_enlarged(image, least_width) for image in images]
-    wide, high = tiles[0].width + gap, tiles[0].height + line + gap
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    captions = [_fitting(caption, measure, most) for caption in captions]
+    widest = max(map(measure.textlength, captions))
+    cell = max(tiles[0].width, int(np.ceil(widest)))
+    wide, high = cell + gap, tiles[0].height + line + gap
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * wide + gap, rows * high + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        left, top = gap + i % columns * wide, gap + i // columns * high
-        sheet.paste(tile.convert("RGB"), (left, top))
-        center = (left + tile.width / 2, top + tile.height + line / 2)
-        draw.text(center, caption, fill="black", anchor="mm")
+        center, top = gap + i % columns * wide + cell / 2, gap + i // columns * high
+        sheet.paste(tile.convert("RGB"), (int(center - tile.width / 2), top))
+        draw.text((center, top + tile.height + line / 2), caption, fill="black", anchor="mm")
     return _encoded(sheet, "PNG")
+
+
+def _fitting(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    """The text; where it is wider than `width` pixels, without what is in its middle."""
+    left = text
+    while draw.textlength(text) > width:
+        left = left[: len(left) // 2] + left[len(left) // 2 + 1 :]
+        text = f"{left[: len(left) // 2]}…{left[len(left) // 2 :]}"
+    return text
 
 
 def _enlarged(picture: UInt8[np.ndarray, "h w c"], least_width: int) -> Image.Image:

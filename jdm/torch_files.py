@@ -18,6 +18,7 @@ import numpy as np
 from etils.epath import PathLike
 
 from jdm.errors import Failure, InvalidValue
+from jdm.files import local_path
 from jdm.names import WEIGHT_FILES
 
 # Parts of a name that parallel, compiled and checkpointed modules of PyTorch add.
@@ -49,6 +50,7 @@ def read(path: PathLike, log: Callable[[str], Any] = print) -> dict[str, np.ndar
     Raises InvalidValue for a file that is missing, damaged, contains code or has not exactly one
     state_dict; OSError where it cannot be opened; Failure without PyTorch.
     """
+    path = local_path("from", path)
     read_file = file_format("from", path).read
     if not Path(path).is_file():
         raise InvalidValue("from", str(path), "is not a file")

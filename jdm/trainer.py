@@ -20,11 +20,12 @@ from jdm import checkpoint
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty
+from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
 from jdm.data.pipeline import TrainBatches, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue, first_ten
-from jdm.files import only_job, read_json, write_whole
+from jdm.files import local_path, only_job, read_json, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.tracking import MetricLog, Progress
@@ -38,16 +39,23 @@ class NonFiniteError(Failure):
     """A loss or a gradient that is not finite; the message names the step."""
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    other_data: bool = False,
+) -> None:
     """Trains a model, or resumes from the work folder's last checkpoint.
 
-    dry_run: build and compile, print the memory needed, write nothing.
+    dry_run: build and compile, print the memory needed, write nothing. other_data: resume even
+    where the data has other images, labels or names of classes than the checkpoint says.
 
     Raises InvalidValue for values of the config that do not fit together or differ from those of
-    the work folder, CheckpointError where saving fails, DataError where the data cannot be read,
-    NonFiniteError where the loss is not finite.
+    the work folder, and for other data; CheckpointError where saving fails, DataError where the
+    data cannot be read, NonFiniteError where the loss is not finite.
     """
-    started, workdir = time.monotonic(), Path(workdir)
+    started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     mesh, root = make_mesh(), jax.random.key(config.seed)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled)):
@@ -62,7 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
 
     workdir.mkdir(parents=True, exist_ok=True)
     with only_job(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        _train(config, workdir, run, mesh, root, source, started)
+        _train(config, workdir, run, mesh, root, source, other_data, started)
 
 
 def _train(
@@ -72,6 +80,7 @@ def _train(
     mesh: jax.sharding.Mesh,
     root: Any,
     source: Joint | None,
+    other_data: bool,
     started: float,
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
@@ -81,11 +90,14 @@ def _train(
         print(f"{workdir} is trained already: {last} of {config.train.steps} steps")
         return
     batches, evaluated = read_data(config)
+    dataset = identity_of_run(config.data, ReadOptions.of(config.data, config.model))
+    if last is not None and not other_data:
+        check_data(workdir, last, dataset)
     if last is None:
-        state = begin(config, run, root, source or warm_source(config, run))
+        state = begin(config, run, root, source or warm_source(config, run), dataset)
     else:
         say_learning_rate(config, workdir, last)
-        state = resume(run, workdir, last, batches, root)
+        state = resume(run, workdir, last, batches, root, other_data)
     step = compile_step(config, run, mesh, root)
 
     start, rows = last or 0, config.data.batch_size
@@ -108,14 +120,15 @@ def _train(
             row["train/images_per_second"] = len(pending) * rows / (time.monotonic() - since)
             pending = []
             if evaluates:
-                joint = Joint(config, run.model, run.diffusion, state.ema)
+                joint = Joint(config, run.model, run.diffusion, state.ema, dataset)
                 found = evaluate(joint, config.eval.metrics, evaluated, options)
                 row |= {f"eval/{name}": value for name, value in found}
             log.write(done, done * rows, row)
             values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             progress.say(f"step {done}  {values}")
             if saves:  # everything that the next step depends on
-                rest = dict(data=batches.get_state(), config=config_to_dict(config))
+                data = batches.get_state() | {"dataset": dataset}
+                rest = dict(data=data, config=config_to_dict(config))
                 checkpoint.save(workdir, done, **_trees(state), **rest, keep=config.checkpoint.keep)
             since = time.monotonic()
 
@@ -244,8 +257,9 @@ def warm_source(config: ConfigDict, run: Run) -> Joint | None:
     path = config.train.init_from
     if not path:
         return None
+    found = local_path("config.train.init_from", path)
     try:
-        joint = load(path)
+        joint = load(found)
         new_arrays(run.state.ema, joint.weights)
     except checkpoint.CheckpointError as error:
         raise InvalidValue("config.train.init_from", path, f"cannot be loaded: {error}") from error
@@ -254,17 +268,30 @@ def warm_source(config: ConfigDict, run: Run) -> Joint | None:
     return joint
 
 
-def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> TrainState:
+def begin(
+    config: ConfigDict, run: Run, root: Any, source: Joint | None, dataset: Identity
+) -> TrainState:
     """The state before the first step: new, or with the weights of `source`, see `warm_source`."""
     if source is None:
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
     listed = f"; new: {', '.join(first_ten(new))}" if new else ""
     print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    if renamed := class_differences(source.dataset, dataset):
+        print(f"its classes were others: {'; '.join(renamed[:SHOWN])}")
     return warm_started(run.init(root), source.weights)
 
 
-def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any) -> TrainState:
+def check_data(workdir: Path, step: int, dataset: Identity) -> None:
+    """Raises InvalidValue where a checkpoint was trained on other data than `dataset`."""
+    if "data" in checkpoint.items(workdir, step):
+        before = checkpoint.read_data(workdir, step).get("dataset", {})
+        check_same(before, dataset, "config.data.name", "trains")
+
+
+def resume(
+    run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any, other_data: bool
+) -> TrainState:
     """The state of a checkpoint; also sets the position of `batches`.
 
     A converted checkpoint has only weights: training starts from them with a new optimiser.
@@ -276,7 +303,7 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
         if not (isinstance(position, dict) and isinstance(position.get("next_index"), int)):
             said = f"holds no position in the data, but {position!r}"
             raise checkpoint.CheckpointError(f"step {step} of {workdir} {said}")
-        batches.set_state(position)
+        batches.set_state(position, other_data=other_data)
         return TrainState(ema=items["weights"], **items["train_state"])
     print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
     weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]

@@ -8,6 +8,7 @@ flags and configs are checked first.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [flag for flag in argv if flag.startswith("--config.")]
     arguments = parser().parse_args([flag for flag in argv if flag not in overrides])
     arguments.overrides = overrides
+    for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         if overrides and not getattr(arguments, "config", None):

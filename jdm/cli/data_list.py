@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm.cli.shared import add_data_dir
+from jdm.cli.shared import add_data_dir, data_dir
 
 HELP = "List the known data sets."
 EXAMPLE = "jdm data list"
@@ -18,9 +18,11 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.data.prepare import mebibytes
     from jdm.data.records import is_prepared
 
+    where = data_dir(arguments)
+
     def prepared(name: str) -> str:
         try:
-            return "yes" if is_prepared(name, arguments.data_dir) else "no"
+            return "yes" if is_prepared(name, where) else "no"
         except DataError:
             return "in another format"
 

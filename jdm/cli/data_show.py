@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm.cli.shared import add_data_dir, check_parent, check_size
+from jdm.cli.shared import add_data_dir, check_parent, check_size, data_dir
 from jdm.errors import InvalidValue
 from jdm.files import write_whole
 
@@ -26,15 +26,18 @@ def run(arguments: argparse.Namespace) -> None:
     check_size(arguments.size)
     from jdm import plot
     from jdm.data.lookup import dataset
-    from jdm.data.splits import ReadOptions, load_split
+    from jdm.data.records import Records
+    from jdm.data.splits import ReadOptions, load_split, stored_split
 
     try:
         facts = dataset(arguments.name)
         size, channels = arguments.size or (facts.sizes or (64,))[0], facts.channels or 3
-        options = ReadOptions(data_dir=arguments.data_dir, size=size, channels=channels)
+        options = ReadOptions(data_dir=data_dir(arguments), size=size, channels=channels)
         split = load_split(arguments.name, arguments.split, options)
+        names = Records(facts, stored_split(facts, arguments.split), options.data_dir).class_names
     except InvalidValue as error:
         raise (error.about("name") if error.parameter == "config.data.name" else error) from None
     picture, columns = plot.by_class(split.images, split.labels, rows=8)
     write_whole(out, plot.png(picture))
     print(f"wrote {columns} to {out}")
+    print(f"classes: {', '.join(f'{k} {name}' for k, name in enumerate(names))}")

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from jdm.cli import use_compilation_cache
-from jdm.cli.shared import CHECKPOINT, load_joint
+from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.errors import InvalidValue
-from jdm.files import write_whole
+from jdm.files import local_path, write_whole
 
 HELP = "Evaluate a model: accuracy and cross-entropy."
 EXAMPLE = "jdm eval --checkpoint=runs/digits --out=report/"
@@ -22,6 +22,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--split", default="test", help="train, validation or test (test)")
     add("--data_dir", default="", help="the folder of prepared data (that of the training)")
     add("--out", help="a folder for report.json")
+    add_other_data(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,16 +30,23 @@ def run(arguments: argparse.Namespace) -> None:
     metrics = arguments.metrics and option.read("metrics", arguments.metrics)
     if metrics is not None:
         option.check("metrics", metrics)
+    folder = Path(local_path("out", arguments.out)) if arguments.out else None
     use_compilation_cache()
     from jdm.analysis.evaluators import EvaluationOptions, evaluate
     from jdm.data.fit import evaluation_options
-    from jdm.data.splits import load_split
+    from jdm.data.identity import check_same, identity
+    from jdm.data.lookup import dataset
+    from jdm.data.splits import load_split, stored_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
     config, name = joint.config, arguments.data or joint.config.data.name
     try:
-        options = evaluation_options(name, config.data, config.model, arguments.data_dir)
+        options = evaluation_options(name, config.data, config.model, data_dir(arguments))
         split = load_split(name, arguments.split, options)
+        if not arguments.other_data:
+            stored = stored_split(dataset(name), arguments.split)
+            now = identity(name, options, [stored])
+            check_same(joint.dataset, now, "config.data.name", "evaluates")
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None
@@ -48,8 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = source | {"images": len(split.images)} | found
     for key, value in report.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
-    if arguments.out:
-        folder = Path(arguments.out)
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
         print(f"wrote {folder / 'report.json'}")

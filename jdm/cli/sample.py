@@ -20,9 +20,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--checkpoint", required=True, help=CHECKPOINT)
     add("--seeds", default="0-15", help="the seeds, one for each image: 0-63, or 1,5,9 (0-15)")
     text = (
-        "repeated until there is one for each seed: classes 0,1,2; none for an image without "
-        "guidance; mixtures of classes 3:0.7+5:0.3; attributes on and off of a multi-label model "
-        "3+!5"
+        "repeated until there is one for each seed: classes 0,1,2 or their names cat,dog; none for "
+        "an image without guidance; mixtures of classes 3:0.7+5:0.3; attributes on and off of a "
+        "multi-label model 3+!5"
     )
     add("--labels", help=text)
     for name in OPTIONS:
@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     joint = load_joint("checkpoint", arguments.checkpoint)
     classifier = arguments.classifier and load_joint("classifier", arguments.classifier)
     model, n, batch_size = joint.model, len(seeds), arguments.batch_size
-    labels = weights and cycled(weights, n, model.num_classes, model.multi_label)
+    classes = (model.num_classes, model.multi_label, joint.class_names)
+    labels = weights and cycled(weights, n, *classes)
     try:
         request = check_request(
             joint,

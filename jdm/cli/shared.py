@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jdm.config import config_names
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 from jdm.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ def add_data_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data_dir", default="", help=text)
 
 
+def data_dir(arguments: argparse.Namespace) -> str:
+    """The path of --data_dir; "" is its default. Raises InvalidValue where it is not local."""
+    return arguments.data_dir and local_path("data_dir", arguments.data_dir)
+
+
 def add_config(command: argparse.ArgumentParser, required: bool) -> None:
     """The flags --config and --config.SECTION.KEY."""
     add, text = command.add_argument, f"{', '.join(config_names())}, or the path of a .py file"
@@ -28,20 +34,27 @@ def add_config(command: argparse.ArgumentParser, required: bool) -> None:
     add("--config.SECTION.KEY", dest="unused", metavar="VALUE", help=text)
 
 
+def add_other_data(command: argparse.ArgumentParser) -> None:
+    """The flag --other-data."""
+    text = "accept data with other images or classes than the model was trained on"
+    command.add_argument("--other-data", action="store_true", help=text)
+
+
 def load_joint(flag: str, path: str) -> "Joint":
     """The model at the path that a flag names. Raises InvalidValue where it cannot be loaded."""
     from jdm.checkpoint import CheckpointError
     from jdm.joint import load
 
+    found = local_path(flag, path)
     try:
-        return load(path)
+        return load(found)
     except (CheckpointError, InvalidValue) as error:
         raise InvalidValue(flag, path, f"cannot be loaded: {error}") from error
 
 
 def check_parent(flag: str, out: str) -> Path:
     """The path of a file to write. Raises InvalidValue where its folder does not exist."""
-    path = Path(out)
+    path = Path(local_path(flag, out))
     if not path.parent.is_dir():
         raise InvalidValue(flag, out, f"cannot be written: the folder {path.parent} does not exist")
     return path

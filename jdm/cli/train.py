@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from jdm.cli import use_compilation_cache
-from jdm.cli.shared import add_config
+from jdm.cli.shared import add_config, add_other_data
 from jdm.config import load_config
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 
 HELP = "Train a joint model; the same command resumes."
 EXAMPLE = "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-4"
@@ -16,14 +17,16 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add_config(command, required=True)
     command.add_argument("--workdir", required=True, help="the folder of checkpoints and metrics")
     command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
+    add_other_data(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    workdir = Path(arguments.workdir)
+    workdir = Path(local_path("workdir", arguments.workdir))
     if workdir.exists() and not workdir.is_dir():
         raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
     use_compilation_cache()
     from jdm import trainer
 
-    trainer.train(config, workdir, dry_run=arguments.dry_run)
+    options = dict(dry_run=arguments.dry_run, other_data=arguments.other_data)
+    trainer.train(config, workdir, **options)

@@ -15,11 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jdm.data import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MODES = {1: "L", 3: "RGB"}
 VERSION = 1  # of the steps above; a new number makes every split be decoded again
@@ -29,13 +33,27 @@ MOST = 8  # decoders at once; the one process that reads the records cannot supp
 
 def decode(encoded: bytes, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
     """The pixels of one encoded image. Raises an error of PIL, of any type, for a broken one."""
+    return _to_pixels(_upright(encoded), size, channels)
+
+
+def _upright(encoded: bytes) -> "Image.Image":
+    """The image in its own size and mode, of 8 bits."""
     from PIL import Image, ImageOps
 
     image: Image.Image = Image.open(io.BytesIO(encoded))
+    image.load()
     if {"exif", "xmp"} & image.info.keys():  # otherwise exif_transpose would only copy
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image
+
+
+def _to_pixels(
+    image: "Image.Image", size: int, channels: int
+) -> UInt8[np.ndarray, "size size channels"]:
+    from PIL import Image
+
     if image.mode != MODES[channels]:
         image = image.convert(MODES[channels])
     if image.width != image.height:
@@ -48,12 +66,13 @@ def decode(encoded: bytes, size: int, channels: int) -> UInt8[np.ndarray, "size 
 
 
 def check_image(encoded: bytes) -> str:
-    """Why an image cannot be decoded; "" where it can."""
-    from PIL import Image, UnidentifiedImageError
+    """Why an image cannot be decoded, to any size and channels; "" where it can."""
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
+        image = _upright(encoded)
+        for channels in MODES:  # the steps of `decode`, of which only the last depend on channels
+            _to_pixels(image, 8, channels)
     except UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # PIL has no type for "broken": OSError, SyntaxError, ValueError, …

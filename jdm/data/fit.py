@@ -14,6 +14,7 @@ from jdm.data.labels import Labels
 from jdm.data.lookup import dataset
 from jdm.data.splits import ReadOptions, check_classes, split_names
 from jdm.errors import InvalidValue
+from jdm.files import local_path
 
 
 def check_config_fits(data: ConfigDict, model: ConfigDict, evaluation: ConfigDict) -> Dataset:
@@ -21,9 +22,12 @@ def check_config_fits(data: ConfigDict, model: ConfigDict, evaluation: ConfigDic
 
     evaluation: the section eval. Reads no image.
 
-    Raises InvalidValue for an unknown data set, for classes or a split that it does not have, and
-    for a model of images or labels of other shapes.
+    Raises InvalidValue for an unknown data set, for classes or a split that it does not have, for a
+    model of images or labels of other shapes, and for a folder that is not local.
     """
+    for key in ("dir", "cache_dir"):
+        if data[key]:
+            local_path(f"config.data.{key}", data[key])
     facts = dataset(data.name)
     if data.unlabelled:
         try:

@@ -5,6 +5,7 @@ contains hashes of the folder's path and files, so a folder that changed has to 
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 from jdm.data import DataError
 from jdm.data.decoding import check_image
-from jdm.data.folder import listing
+from jdm.data.folder import listing, shown
+from jdm.files import local_path
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
@@ -25,10 +27,10 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, path: str, skip_broken: bool = False, **kwargs):
-        self._root = Path(path).expanduser().resolve()
+        self._root = Path(local_path("config.data.name", path)).resolve()
         self._listing = listing(path)
         self._skip_broken = skip_broken
-        where = hashlib.sha256(str(self._root).encode()).hexdigest()[:8]
+        where = hashlib.sha256(os.fsencode(self._root)).hexdigest()[:8]
         # TFDS allows no other characters in a name, and some have a meaning in a glob pattern.
         self.same_folder = f"{re.sub(r'[^A-Za-z0-9]+', '_', self._root.name)}-{where}-"
         config = tfds.core.BuilderConfig(name=self.same_folder + self._listing.fingerprint)
@@ -37,21 +39,23 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         image = tfds.features.Image(shape=(None, None, 3))
         label = tfds.features.ClassLabel(names=self._listing.classes)
+        features = {"image": image, "label": label, "file": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Images of {self._root}, a sub-folder for each class.",
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
+            description=f"Images of {shown(str(self._root))}, a sub-folder for each class.",
+            features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
             disable_shuffling=True,  # training shuffles
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
-        if self._listing.ignored:
-            print(f"{self._listing.ignored:,} other files are ignored", file=sys.stderr)
         broken = self._broken()
+        for path, why in broken.items():
+            left_out = "left out: " if self._skip_broken else ""
+            print(f"{left_out}{shown(path)} ({why})", file=sys.stderr)
         if broken and not self._skip_broken:
             count = sum(map(len, self._listing.files.values()))
-            named = "; ".join(f"{path} ({why})" for path, why in list(broken.items())[:3])
+            named = "; ".join(f"{shown(path)} ({why})" for path, why in list(broken.items())[:3])
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
             problem = f"{len(broken)} of {count:,} images in {self._root} cannot be read"
             raise DataError(f"{problem}: {named}{more}; --skip-broken leaves them out")
@@ -82,4 +86,5 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, files: list[tuple[str, int]]) -> Iterator[tuple[int, dict]]:
         for i, (path, label) in enumerate(files):
             # Encoded bytes: TFDS would need TensorFlow to encode an array.
-            yield i, {"image": (self._root / path).read_bytes(), "label": label}
+            image = (self._root / path).read_bytes()
+            yield i, {"image": image, "label": label, "file": shown(path)}

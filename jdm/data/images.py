@@ -26,7 +26,8 @@ BLOCK = 64  # images that are handed to a decoder at once
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """Encoded images and their labels: {"image": bytes, "label": int or an array [K]}."""
+    """Encoded images and their labels: {"image": bytes, "label": int or an array [K]}, and "file",
+    the name of the file that an image came from, where it is known."""
 
     path: Path
 
@@ -54,7 +55,10 @@ class EncodedImages:
             self._records = self._open_records()
         out = np.empty((len(rows), *self.shape[1:]), np.uint8)
         for i, one in enumerate(self._records.__getitems__(rows.tolist())):
-            out[i] = decode(one["image"], *self.shape[2:])
+            try:
+                out[i] = decode(one["image"], *self.shape[2:])
+            except Exception as error:  # PIL has no type for "broken"
+                raise _broken(self._records, one, int(rows[i]), str(error)) from error
         return out
 
     def __getstate__(self) -> dict:
@@ -182,5 +186,19 @@ def _write_images(path: Path, records: RecordSource, shape: tuple[int, ...]) -> 
             written += len(pixels)
             progress.update(len(pixels))
             if why:
-                raise DataError(f"{records.path}: image {written} cannot be decoded ({why})")
+                one = next(itertools.islice(iter(records), written, None))
+                raise _broken(records, one, written, why)
     return labels
+
+
+def _broken(records: RecordSource, one: dict[str, Any], row: int, why: str) -> DataError:
+    """The error for a record that cannot be decoded, with the name of its file, where it has one.
+
+    Files are checked before they become records, by the same steps: this one was not, or by an
+    older version.
+    """
+    problem = f"{records.path}: image {row} cannot be decoded ({why})"
+    if file := one.get("file"):
+        again = f"delete {records.path} and prepare the folder again with --skip-broken"
+        problem = f"{problem}, from the file {file}: {again}"
+    return DataError(problem)

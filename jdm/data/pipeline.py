@@ -86,13 +86,15 @@ class TrainBatches(Iterator[Batch]):
         """The position, ready for JSON: the number of batches so far, and the number of images."""
         return {"next_index": self._next, "images": self._source.images}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, other_data: bool = False) -> None:
         """Moves to a position from `get_state`, so that the same batches follow again.
+
+        other_data: accept another number of images, whose order is a new one.
 
         Raises DataError if the number of images has changed, because the order would differ.
         """
         before, now = state.get("images", self._source.images), self._source.images
-        if before != now:
+        if before != now and not other_data:
             raise DataError(f"training began on {before:,} images, but there are {now:,} now")
         import grain  # takes about a second, and imports JAX
 

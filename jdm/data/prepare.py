@@ -10,8 +10,11 @@ import importlib.util
 import io
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from jdm.data import DataError
 from jdm.data.datasets import Dataset
@@ -20,27 +23,47 @@ from jdm.data.images import check_room, mebibytes
 from jdm.data.lookup import dataset
 from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
+from jdm.errors import InvalidValue
+from jdm.files import local_path
 from jdm.names import FOLDER
 
 
 def prepare(
-    name: str, data_dir: str = "", *, size: int | None = None, skip_broken: bool = False
+    name: str,
+    data_dir: str = "",
+    *,
+    size: int | None = None,
+    skip_broken: bool = False,
+    originals: str = "",
 ) -> Path:
     """Prepares a data set, unless it is prepared already, and returns the folder of its records.
 
     name: see `lookup.dataset`. data_dir: see `splits.ReadOptions`. size: height and width of the
     decoded images; None is the data set's default, and a folder, which has none, is not decoded.
-    skip_broken: whether to omit the broken images of a folder.
+    skip_broken: whether to omit the broken images of a folder. originals: a folder that holds the
+    files which TFDS would download, with their original names; "" downloads them.
 
-    Raises InvalidValue for an unknown name, and DataError where TensorFlow, the network, room on
-    the disk or readable images are missing.
+    Raises InvalidValue for an unknown name, and for a folder of originals that lacks a file or has
+    one with another checksum than TFDS knows. Raises DataError where TensorFlow, the network, room
+    on the disk or readable images are missing.
     """
+    data_dir = data_dir and local_path("data_dir", data_dir)
     facts = dataset(name)
+    print(description(facts), flush=True)
+    originals = originals and local_path("from", originals)
     options = dict(skip_broken=skip_broken) if facts.is_folder else {}
     builder = make_builder(facts, data_dir, **options)
     path = Path(builder.data_path)
+    if originals and not facts.download:
+        raise InvalidValue("from", originals, f"does not go with {name}, which is not downloaded")
     if not path.exists():
-        _prepare_records(facts, builder, path)
+        if originals:
+            check_originals(name, builder.url_infos, Path(originals))
+        _prepare_records(facts, builder, path, originals)
+    if facts.is_folder:
+        for split, count in facts.splits.items():
+            if missing := count - builder.info.splits[split].num_examples:
+                print(f"left out: broken images of {split}: {missing:,}")
     size = size or next(iter(facts.sizes), None)
     if size:
         for split in {stored_split(facts, split) for split in facts.splits} - {"extra"}:
@@ -48,7 +71,41 @@ def prepare(
     return path
 
 
-def _prepare_records(facts: Dataset, builder: Any, path: Path) -> None:
+def description(facts: Dataset) -> str:
+    """What a data set consists of, as it was understood: splits, classes and what is left out."""
+    if facts.is_folder:
+        return f"{facts.name} is read as\n{listing(facts.name.removeprefix(FOLDER))}"
+    splits = ", ".join(f"{name} {count:,}" for name, count in facts.splits.items())
+    drawn = f" ({' and '.join(facts.from_train)} are drawn from train)" * bool(facts.from_train)
+    kind = "attributes" if facts.multi_label else "classes"
+    return f"{facts.name}: {splits} images{drawn}, {facts.num_classes} {kind}"
+
+
+def check_originals(name: str, expected: Mapping[str, Any], folder: Path) -> None:
+    """Raises InvalidValue unless a folder holds all files of a data set, with their checksums.
+
+    expected: {URL: size, checksum and filename}, of TFDS.
+    """
+    from tensorflow_datasets.core.download import checksums  # slow to import
+
+    def refuse(allowed: str, details: tuple = ()):
+        raise InvalidValue("from", str(folder), allowed, "", details)
+
+    if not folder.is_dir():
+        refuse("is not a folder")
+    files = {url: folder / info.filename for url, info in expected.items()}
+    if missing := {url: path for url, path in files.items() if not path.is_file()}:
+        named = ", ".join(path.name for path in missing.values())
+        lines = tuple(f"{path.name}: {url}" for url, path in missing.items())
+        refuse(f"lacks {len(missing)} of the {len(files)} original files of {name}: {named}", lines)
+    for url, path in files.items():
+        found = checksums.compute_url_info(epath.Path(path))
+        if found != expected[url]:
+            differs = f"its SHA-256 is {found.checksum}, not {expected[url].checksum}"
+            refuse(f"holds {path.name}, which is not the original file: {differs}")
+
+
+def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -> None:
     """Checks what is needed, writes the records, and turns errors into DataError."""
     name = facts.name
     if facts.download and importlib.util.find_spec("tensorflow") is None:
@@ -57,11 +114,18 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path) -> None:
     needed = listing(name.removeprefix(FOLDER)).total if facts.is_folder else 2 * facts.download
     existing = next(parent for parent in path.parents if parent.exists())
     check_room(existing, needed, f"preparing {name}", "--data_dir")
-    if facts.download:
+    options = {}
+    if originals:
+        import tensorflow_datasets as tfds
+
+        # TFDS takes a file from here where it has the name that the download would have.
+        options["download_config"] = tfds.download.DownloadConfig(manual_dir=originals)
+        print(f"reading the original files of {name} in {originals}", file=sys.stderr)
+    elif facts.download:
         print(f"downloading {name}, {mebibytes(facts.download)}", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's messages; its bars use stderr
-            builder.download_and_prepare()
+            builder.download_and_prepare(**options)
     except Exception as error:  # TFDS, its downloader and TensorFlow share no error type
         # ArrayRecord's errors have no errno.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):

@@ -22,6 +22,7 @@ from absl import logging
 from jdm.data import DataError
 from jdm.data.datasets import Dataset
 from jdm.data.lookup import dataset
+from jdm.files import local_path
 from jdm.names import FOLDER
 
 BLOCK = 128  # records in one read
@@ -31,7 +32,8 @@ class Records:
     """The records of a split, in the order of the files.
 
     A record is {"image": bytes, "label": int32 []}; the label of a multi-label data set is int8 [K]
-    of 0 and 1. root: the folder of all prepared data sets. path: the folder of this one.
+    of 0 and 1. That of a folder also has "file", a str. root: the folder of all prepared data sets.
+    path: the folder of this one. class_names: of the labels 0 to K - 1, or of the K attributes.
 
     Raises DataError where the files are missing or cannot be read.
     """
@@ -50,9 +52,9 @@ class Records:
             self._source = builder.as_data_source(split, deserialize_method=raw)
             # Not the decoders of TFDS, which take longer than reading the record.
             self._parse = tf_example_pb2.Example.FromString
-            if facts.multi_label:
-                names = builder.info.features["attributes"]
-                self._labels = [f"attributes/{name}" for name in names]
+            label = builder.info.features["attributes" if facts.multi_label else "label"]
+            self.class_names = tuple(label if facts.multi_label else label.names)
+            self._labels = [f"attributes/{name}" for name in self.class_names]
             if not facts.is_folder:  # whose broken images may be left out
                 sizes = facts.splits
                 expected = sum(sizes.values()) if facts.from_train else sizes[split]
@@ -83,7 +85,10 @@ class Records:
         (label,) = found["label"].int64_list.value
         if not -1 <= label < self._facts.num_classes:
             raise ValueError(f"record {i} has the label {label}")
-        return {"image": image, "label": np.int32(label)}
+        record = {"image": image, "label": np.int32(label)}
+        if "file" in found:  # of a folder, prepared by this version
+            record["file"] = found["file"].bytes_list.value[0].decode()
+        return record
 
     def fingerprint(self, split: str) -> str:
         """A hash of dataset_info.json and the files' names and sizes: the same for every copy."""
@@ -150,13 +155,17 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
 def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     """The TFDS builder of a data set. options: of a folder, see `folder_builder.Folder`.
 
-    Raises DataError for data that was prepared in another format.
+    Raises DataError for data that was prepared in another format, InvalidValue for a data_dir that
+    is not local.
     """
     import tensorflow_datasets as tfds  # slow to import
 
     module = importlib.import_module(facts.module)  # registers the builder
-    # TFDS would create a folder called "~", since it expands the name only in some places.
-    data_dir = os.path.expanduser(data_dir)
+    default = os.environ.get("TFDS_DATA_DIR")
+    if not data_dir and default:  # TFDS has read it, as it is, when it was imported
+        data_dir = local_path("TFDS_DATA_DIR", default)
+    elif data_dir:
+        data_dir = local_path("config.data.dir", data_dir)
     options |= dict(data_dir=data_dir or None, file_format="array_record")
     if facts.is_folder:
         verbosity = logging.get_verbosity()

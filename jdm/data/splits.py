@@ -23,6 +23,7 @@ from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
 from jdm.data.records import Records
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path
 
 DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
 HELD_OUT_SEED = 20_230_918  # of the draw of held-out images, which is the same in every run
@@ -194,14 +195,20 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
     if not size or not channels:
         allowed = f"and channels must be given: the images of {facts.name} may have any size"
         raise InvalidValue("size", NO_VALUE, allowed)
-    cache = Path(options.cache_dir).expanduser() if options.cache_dir else records.root / DECODED
-    prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
-    fingerprint = records.fingerprint(stored)
     if options.workers:
         reopen = functools.partial(Records, facts, stored, options.data_dir)
         images = EncodedImages(reopen, len(records), size, channels)
-        return images, labels_of(cache / f"{prefix}-labels-{fingerprint}", records)
-    folder = cache / f"{prefix}-{size}x{size}x{channels}-v{VERSION}-{fingerprint}"
+        return images, labels_of(cache_folder(records, stored, options, "labels"), records)
+    folder = cache_folder(records, stored, options, f"{size}x{size}x{channels}-v{VERSION}")
     if not folder.exists():
         print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
     return decoded_split(folder, records, size, channels)
+
+
+def cache_folder(records: Records, stored: str, options: ReadOptions, what: str) -> Path:
+    """The folder that keeps what was computed from the records of a stored split."""
+    cache = records.root / DECODED
+    if options.cache_dir:
+        cache = Path(local_path("config.data.cache_dir", options.cache_dir))
+    prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
+    return cache / f"{prefix}-{what}-{records.fingerprint(stored)}"

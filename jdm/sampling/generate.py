@@ -41,6 +41,7 @@ def concatenate(request: Request, settings: dict[str, Any], batches: Iterable[Ba
         settings,
         None if probabilities[0] is None else np.concatenate(probabilities),
         None if trajectories[0] is None else np.concatenate(trajectories, axis=1),
+        request.class_names,
     )
 
 

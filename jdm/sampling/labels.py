@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float, Num, UInt32
 
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.names import did_you_mean
 
 Numbers = Sequence[Any] | np.ndarray  # the entries are checked at run time, in this file
+Weights = dict[int | str, float]  # {class: weight} of one label
 TOLERANCE = 1e-3  # how far the sum of probabilities may be from 1
 
 
@@ -39,10 +41,11 @@ def parse_numbers(parameter: str, text: str) -> list[int]:
     return found
 
 
-def parse_labels(text: str) -> list[dict[int, float]]:
+def parse_labels(text: str) -> list[Weights]:
     """The label of each image as {class: weight}: [{3: 1}, {}, {3: 0.7, 5: 0.3}, {3: 1, 5: 0}] of
-    "3,none,3:0.7+5:0.3,3+!5". The range 0-9 is ten labels. Raises InvalidValue."""
-    found: list[dict[int, float]] = []
+    "3,none,3:0.7+5:0.3,3+!5". The range 0-9 is ten labels. Anything but a number is the name of a
+    class, for `cycled`: {"cat": 0.5, "dog": 0.5} of "cat:0.5+dog:0.5". Raises InvalidValue."""
+    found: list[Weights] = []
     for part in text.split(","):
         if part == "none":
             found.append({})
@@ -56,42 +59,76 @@ def parse_labels(text: str) -> list[dict[int, float]]:
     return found
 
 
-def _parse_weight(text: str, piece: str) -> tuple[int, float]:
-    """(class, weight) of "3", "!3" or "3:0.7"."""
+def _parse_weight(text: str, piece: str) -> tuple[int | str, float]:
+    """(class, weight) of "3", "!3", "3:0.7" or "cat:0.7"."""
     off = piece.startswith("!")
     label, colon, weight = piece.removeprefix("!").partition(":")
     try:
-        if not label.isdecimal() or (colon and off):
+        if not label or (colon and off):
             raise ValueError
-        return int(label), float(weight) if colon else float(not off)
+        name = int(label) if label.isdecimal() else label
+        return name, float(weight) if colon else float(not off)
     except ValueError:
         allowed = "is not a list such as 0-9, 3,none,5, 3:0.7+5:0.3 or 3+!5"
         raise InvalidValue("labels", text, allowed) from None
 
 
-def cycled(weights: list[dict[int, float]], n: int, num_classes: int, multi_label: bool) -> Numbers:
-    """Parsed labels, repeated until there are n, in the form that `jdm.sample` takes."""
-    _check_range([label for one in weights for label in one], num_classes)
-    if not multi_label and any(0 in one.values() for one in weights):
+def cycled(
+    weights: list[Weights],
+    n: int,
+    num_classes: int,
+    multi_label: bool,
+    class_names: Sequence[str] = (),
+) -> Numbers:
+    """Parsed labels, repeated until there are n, in the form that `jdm.sample` takes.
+
+    class_names: of the model; () where it knows none, and labels must be numbers.
+    """
+    numbered = [{_number(k, class_names): v for k, v in one.items()} for one in weights]
+    for named, one in zip(weights, numbered, strict=True):
+        if len(one) < len(named):
+            raise _wrong(f"name a class twice in {'+'.join(map(str, named))}")
+    _check_range([label for one in numbered for label in one], num_classes)
+    if not multi_label and any(0 in one.values() for one in numbered):
         raise _wrong("ask for a class to be off; an image has one class with this model")
-    if len(weights) > n:
-        raise _wrong(f"are {len(weights)} for {n} seeds; at most as many are allowed")
-    weights = list(itertools.islice(itertools.cycle(weights), n))
-    if not multi_label and all(list(one.values()) in ([], [1.0]) for one in weights):
-        return [next(iter(one), None) for one in weights]
+    if len(numbered) > n:
+        raise _wrong(f"are {len(numbered)} for {n} seeds; at most as many are allowed")
+    numbered = list(itertools.islice(itertools.cycle(numbered), n))
+    if not multi_label and all(list(one.values()) in ([], [1.0]) for one in numbered):
+        return [next(iter(one), None) for one in numbered]
     rows = np.full((n, num_classes), -1.0 if multi_label else 0.0)
-    for row, one in zip(rows, weights, strict=True):
+    for row, one in zip(rows, numbered, strict=True):
         row[list(one)] = list(one.values())
     return rows
 
 
-def label_text(label: Any) -> str:
-    """One label of `check_rows` (an entry or a row) as text that `parse_labels` reads."""
+def _number(label: int | str, class_names: Sequence[str]) -> int:
+    """The number of a class that is given by its name, or by its number already."""
+    if isinstance(label, int):
+        return label
+    if not class_names:
+        raise _wrong(f"hold {label!r}; this model knows no names, its classes are numbers")
+    if label not in class_names:
+        known = ", ".join(class_names)
+        raise _wrong(
+            f"hold {label!r}; the classes are {known}", hint=did_you_mean(label, class_names)
+        )
+    return list(class_names).index(label)
+
+
+def label_text(label: Any, names: Sequence[str] = ()) -> str:
+    """One label of `check_rows` (an entry or a row) as text that `parse_labels` reads.
+
+    names: of the classes, which stand in place of their numbers; () for numbers.
+    """
+    known: dict[Any, str] = dict(enumerate(names))
     if label.ndim == 0:
-        return "none" if label < 0 else str(label)
+        return "none" if label < 0 else str(known.get(int(label), label))
     if np.issubdtype(label.dtype, np.floating):
-        return "+".join(f"{k}:{label[k]:.2g}" for k in np.flatnonzero(label)) or "none"
-    return "+".join(f"{'' if label[k] else '!'}{k}" for k in np.flatnonzero(label >= 0)) or "none"
+        parts = [f"{known.get(k, k)}:{label[k]:.2g}" for k in np.flatnonzero(label)]
+    else:
+        parts = [f"{'' if label[k] else '!'}{known.get(k, k)}" for k in np.flatnonzero(label >= 0)]
+    return "+".join(parts) or "none"
 
 
 def check_rows(

@@ -42,6 +42,7 @@ class Request:
     labels, seeds: see Samples. targets: see `target_weights`. scale: the guidance scale.
     classifier: the guidance classifier, and classifier_name its path; None is the joint's own.
     given: x_T or images in [-1, 1] to start from, float32 [N, H, W, C]; None for noise by seed.
+    class_names: see Joint.
     """
 
     labels: Num[np.ndarray, "n ..."] | None
@@ -52,6 +53,7 @@ class Request:
     classifier: Joint | None = None
     classifier_name: str | None = None
     given: Float[np.ndarray, "n h w c"] | None = None
+    class_names: tuple[str, ...] = ()
 
     def starting(self, start: str, given: np.ndarray) -> "Request":
         """The same request, starting from given noise or images; see Recipe."""
@@ -105,7 +107,7 @@ def check_request(
     _COUNT.check("n", n)
     _COUNT.check("batch_size", batch_size)
     classifier_name = None if classifier is None else name_of(classifier)
-    classifier = None if classifier is None else as_joint(classifier)
+    classifier = None if classifier is None else as_joint(classifier, "classifier")
     model, guidance = joint.model, GUIDANCE[method.guidance]
     labels, seeds = check_rows(n, labels, seeds, model.num_classes, model.multi_label)
     check_takes(method, "sampler", SAMPLERS)
@@ -116,7 +118,9 @@ def check_request(
     scale = guidance.default_scale if method.scale is None else float(method.scale)
     targets = target_weights(labels, len(seeds), model.num_classes, model.multi_label)
     recipe = Recipe(dataclasses.replace(method, scale=None), "seed", total, trajectory)
-    return Request(labels, targets, seeds, recipe, scale, classifier, classifier_name)
+    names = joint.class_names
+    whole = (labels, targets, seeds, recipe, scale, classifier, classifier_name)
+    return Request(*whole, class_names=names)
 
 
 def _check_models(joint: Joint, classifier: Joint | None, method: Method, labelled: bool) -> None:
@@ -128,6 +132,13 @@ def _check_models(joint: Joint, classifier: Joint | None, method: Method, labell
         raise InvalidValue("guidance", guidance, "needs labels")
     if classifier is not None:
         _check_classifier(joint, classifier, guidance)
+        names = joint.class_names, classifier.class_names
+        if all(names) and names[0] != names[1]:
+            warnings.warn(
+                f"the guidance classifier knows the classes {', '.join(names[1])}, and the model "
+                f"{', '.join(names[0])}; labels are numbers of the classifier's",
+                stacklevel=4,
+            )
     elif "labels" in takes and not joint.has_classifier:
         said = "needs a classifier; this model was trained without one"
         raise InvalidValue("guidance", guidance, said)

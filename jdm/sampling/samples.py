@@ -15,7 +15,7 @@ from jaxtyping import Float, Num, UInt8, UInt32
 
 from jdm import plot
 from jdm.errors import InvalidValue, first_ten
-from jdm.files import is_system, write_whole
+from jdm.files import is_system, local_path, write_whole
 from jdm.sampling.labels import label_text
 
 SETTINGS = "settings.json"
@@ -31,7 +31,8 @@ class Samples:
     [N, K], attributes int8 [N, K] (-1: not guided), or None. seeds: uint32 [N]. settings: the
     options and models that generated them. probabilities: p(label | image) by the given classifier
     or the model's own, float32 [N], NaN for an image without guidance; None without labels.
-    trajectory: the estimates of x0 at every step, uint8 [steps, N, H, W, C], or None.
+    trajectory: the estimates of x0 at every step, uint8 [steps, N, H, W, C], or None. class_names:
+    of the model; () where they are unknown.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
@@ -40,6 +41,7 @@ class Samples:
     settings: dict[str, Any]
     probabilities: Float[np.ndarray, " n"] | None = None
     trajectory: UInt8[np.ndarray, "s n h w c"] | None = None
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,7 +56,7 @@ class Samples:
         The file or folder appears whole or not at all. Raises InvalidValue for another suffix, a
         .gif without a trajectory, and a folder that holds anything but samples of these settings.
         """
-        path = Path(path)
+        path = Path(local_path("path", path))
         if suffix := check_format(path):
             write_whole(path, FORMATS[suffix](self))
         else:
@@ -84,7 +86,7 @@ class Samples:
         captions = []
         for label, probability in zip(self.labels, self._probabilities(), strict=True):
             known = "" if np.isnan(probability) else f" {probability:.0%}"
-            captions.append(label_text(label) + known)
+            captions.append(label_text(label, self.class_names) + known)
         return plot.captioned(self.images, captions, self._columns())
 
     def _png(self) -> bytes:

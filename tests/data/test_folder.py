@@ -1,13 +1,16 @@
 """A folder of the user's own images: what is listed, prepared and refused."""
 
+import io
+import os
 import signal
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jdm.data import DataError
+from jdm.data import DataError, folder_builder
 from jdm.data.decoding import decode
 from jdm.data.folder import listing
 from jdm.data.lookup import dataset
@@ -54,7 +57,106 @@ def folder(tmp_path):
 def test_a_folder_has_facts_like_an_entry_of_the_table(folder):
     facts = dataset(f"folder:{folder}")
     assert facts.num_classes == 2 and facts.splits == {"train": 9}
-    assert listing(str(folder)).classes == ("cat", "dog") and listing(str(folder)).ignored == 1
+    assert listing(str(folder)).classes == ("cat", "dog")
+
+
+def test_what_was_understood_is_printed(folder, tmp_path, capfd):
+    draw(folder / "cat" / "0.webp")
+    draw(folder / "loose.png")
+    (folder / "dog" / "more" / "up").symlink_to(folder / "dog")
+    prepare(f"folder:{folder}", str(tmp_path / "data"))
+    assert capfd.readouterr().out.splitlines() == [
+        f"folder:{folder} is read as",
+        "class  train",
+        "0 cat      7",
+        "1 dog      2",
+        "all        9",
+        "left out: files with the ending .txt: 1",
+        "left out: files with the ending .webp: 1",
+        "left out: hidden files or folders: 1",
+        "left out: images in no folder of a class: 1",
+        "left out: links to a folder above: 1",
+    ]
+
+
+def test_what_a_named_data_set_is_is_printed(digits_dir, capfd):
+    prepare("digits", digits_dir)
+    said = "digits: train 1,257, validation 180, test 360 images, 10 classes\n"
+    assert capfd.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val", "test"), ("Training", "DEV", "Testing"), ("TRAIN", "Valid", "test")],
+)
+def test_splits_have_their_usual_names_in_any_case(tmp_path, names):
+    for name in names:
+        for one in ("a", "b"):
+            draw(tmp_path / "split" / name / one / "0.png")
+    (tmp_path / "split" / "docs").mkdir()
+    found = listing(str(tmp_path / "split"))
+    assert dict(found.folders) == dict(zip(("train", "validation", "test"), names, strict=True))
+    assert list(found.left_out) == ["folder 'docs', which has no images"]
+    first = f"class  train ({names[0]})  validation ({names[1]})  test ({names[2]})"
+    assert str(found).splitlines()[0] == first
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        ("train/a Training/a", "has two folders of the split train, 'Training' and 'train'; put "),
+        ("cat dog test/cat", "has 'test', the name of a split, beside 'cat', which is none; move "),
+        ("cat dog Test", "has 'Test', the name of a split, beside 'cat', which is none; move "),
+        ("train/a train/b more/a", "'train', the name of a split, beside 'more', which is none"),
+        ("test/a val/a", "has 'test' and 'val', but no folder 'train'"),
+        ("train test", "has no sub-folders in 'train'; one for each class is needed"),
+        ("train/a train/b Test", "has no PNG or JPEG file in test"),
+    ],
+)
+def test_a_layout_that_could_mean_two_things_is_one_sentence(tmp_path, paths, said):
+    for path in paths.split():
+        draw(tmp_path / "x" / path / "0.png")
+    with pytest.raises(ValueError) as info:
+        listing(str(tmp_path / "x"))
+    assert said in str(info.value) and "\n" not in str(info.value)
+
+
+def test_classes_that_look_like_splits_of_other_names_are_noted(tmp_path):
+    for path in ("set_1/cat", "set_1/dog", "set_2/cat", "set_2/dog"):
+        draw(tmp_path / "x" / path / "0.png")
+    last = str(listing(str(tmp_path / "x"))).splitlines()[-1]
+    assert last.startswith("note: every class has the same sub-folders (cat, dog); if these are ")
+
+
+def no_text(name: str) -> str:
+    """A file name with a byte that is no UTF-8."""
+    return os.fsdecode(name.encode() + b"\xe9")
+
+
+def test_names_that_are_no_text_are_shown_and_stored_as_text(folder, tmp_path, monkeypatch, run):
+    mine = folder.rename(tmp_path / no_text("pets"))
+    (mine / "dog").rename(mine / no_text("dog"))
+    (mine / "cat" / (no_text("a\nb") + ".png")).write_bytes(b"broken")
+    prepared = ["data", "prepare", f"folder:{mine}", f"--data_dir={tmp_path / 'data'}"]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with monkeypatch.context() as strict:  # as stdout is in most terminals
+        strict.setattr(sys, "stdout", out)
+        strict.setattr(sys, "stderr", err)
+        status = run(*prepared).returncode
+        assert status == 1 and run(*prepared, "--skip-broken", "--size=8").returncode == 0
+        out.flush(), err.flush()
+    said, warned = (stream.buffer.getvalue().decode() for stream in (out, err))
+    assert "\n1 dog\ufffd      2\n" in said and "pets\\udce9 is prepared in" in said
+    assert "\nleft out: cat/a\ufffdb\ufffd.png (not an image)\n" in warned
+    listing.cache_clear()
+    _, labels = read(f"folder:{mine}", str(tmp_path / "data"))
+    assert labels.tolist() == [0] * 7 + [1] * 2
+
+
+def test_classes_whose_names_differ_only_in_bytes_stay_different(tmp_path):
+    for name in (b"\xe8", b"\xe9"):
+        draw(tmp_path / "x" / os.fsdecode(name) / "0.png")
+    assert listing(str(tmp_path / "x")).classes == ("\\xe8", "\\xe9")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -115,6 +217,52 @@ def test_broken_images_are_counted_and_named_or_left_out(folder, tmp_path):
     images, labels = read(name, str(data_dir))
     assert labels.tolist() == [0] * 5 + [1] * 2
     np.testing.assert_array_equal(images[1], decode((folder / "cat" / "2.png").read_bytes(), 8, 3))
+
+
+def bad_exif() -> bytes:
+    """A PNG whose pixels can be read, but not which way is up."""
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(file, "PNG", exif=b"Exif\0\0garbage")
+    return file.getvalue()
+
+
+def lab_colours() -> bytes:
+    """An image that cannot be converted to RGB."""
+    file = io.BytesIO()
+    Image.new("LAB", (9, 9)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("encoded", [bad_exif(), lab_colours()], ids=["exif", "lab"])
+def test_the_check_decodes_as_the_work_that_follows(folder, tmp_path, encoded, capfd):
+    """Every step of decoding is checked, so what is prepared can be decoded."""
+    (folder / "cat" / "1.png").write_bytes(encoded)
+    (folder / "cat" / "2.png").write_bytes(b"")
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    with pytest.raises(DataError, match=r"^2 of 9 images in .*: cat/1\.png \("):
+        prepare(name, data_dir, size=8)
+    capfd.readouterr()
+    prepare(name, data_dir, size=8, skip_broken=True)
+    said = capfd.readouterr()
+    assert "left out: cat/1.png (" in said.err and "left out: cat/2.png (" in said.err
+    assert said.out.endswith("left out: broken images of train: 2\n")
+    assert len(read(name, data_dir).images) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_an_older_check_let_pass_is_named(folder, tmp_path, monkeypatch, workers):
+    (folder / "cat" / "1.png").write_bytes(bad_exif())
+    name, data_dir = f"folder:{folder}", str(tmp_path / "data")
+    monkeypatch.setattr(folder_builder, "check_image", lambda encoded: "")
+    path = prepare(name, data_dir)
+    options = ReadOptions(data_dir, 8, 3, workers=workers)
+    with pytest.raises(DataError) as info:
+        load_split(name, "train", options)
+    assert f"{path}: image 1 cannot be decoded (" in str(info.value)
+    again = (
+        f"from the file cat/1.png: delete {path} and prepare the folder again with --skip-broken"
+    )
+    assert str(info.value).endswith(again)
 
 
 def test_a_folder_of_any_name_is_prepared_and_replaced(folder, tmp_path):

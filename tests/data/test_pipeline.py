@@ -122,6 +122,9 @@ def test_a_position_among_another_number_of_images_is_refused():
     state = train_batches(*numbered(50), batch_size=8, seed=1).get_state()
     with pytest.raises(DataError, match="^training began on 50 images, but there are 49 now$"):
         train_batches(*numbered(49), batch_size=8, seed=1).set_state(state)
+    other = train_batches(*numbered(49), batch_size=8, seed=1)
+    other.set_state(state | {"next_index": 3}, other_data=True)
+    assert other.get_state() == {"next_index": 3, "images": 49}
 
 
 def test_a_batch_may_be_larger_than_the_split():

@@ -1,14 +1,18 @@
 """What the preparation of a data set refuses, and which files it leaves."""
 
 import errno
+import hashlib
 import shutil
 from types import SimpleNamespace
 
 import pytest
+from tensorflow_datasets.core.download.checksums import UrlInfo
+from tensorflow_datasets.core.utils import Size
 
 from jdm.data import DataError
 from jdm.data import prepare as module
 from jdm.data.prepare import prepare
+from jdm.errors import InvalidValue
 
 
 def test_missing_tensorflow_names_the_extra_that_installs_it(tmp_path, monkeypatch):
@@ -27,7 +31,8 @@ def builder(tmp_path, monkeypatch):
     """A builder of cifar10, as if TensorFlow were installed. fails: raised by its download."""
     fake = SimpleNamespace(data_path=tmp_path / "data" / "cifar10" / "3.0.2", fails=None, read=[])
 
-    def download_and_prepare():
+    def download_and_prepare(**options):
+        fake.options = options
         if fake.fails:
             raise fake.fails
         fake.data_path.mkdir(parents=True)
@@ -69,3 +74,52 @@ def test_a_disk_that_is_too_small_is_an_error_before_the_download(builder, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match="^preparing cifar10 takes about 324 MiB, but .* 100 MiB; "):
         prepare("cifar10")
+
+
+@pytest.fixture
+def originals(tmp_path, builder):
+    """A folder with two original files, as TFDS knows them."""
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    builder.url_infos = {}
+    for name, content in (("a.tar.gz", b"images"), ("b.gz", b"labels")):
+        (folder / name).write_bytes(content)
+        info = UrlInfo(Size(len(content)), hashlib.sha256(content).hexdigest(), name)
+        builder.url_infos[f"https://host/{name}"] = info
+    return folder
+
+
+def test_original_files_are_taken_from_a_folder(builder, originals, capfd):
+    assert prepare("cifar10", originals=str(originals)) == builder.data_path
+    assert builder.options["download_config"].manual_dir == str(originals)
+    said = capfd.readouterr().err
+    assert said == f"reading the original files of cifar10 in {originals}\n"
+    builder.options = {}
+    prepare("cifar10", originals=str(originals))  # prepared already
+    assert builder.options == {}
+
+
+def test_files_that_are_missing_are_named_before_any_work(builder, originals, run):
+    (originals / "a.tar.gz").unlink()
+    done = run("data", "prepare", "cifar10", f"--from={originals}")
+    lacks = "lacks 1 of the 2 original files of cifar10: a.tar.gz"
+    said = f"jdm data prepare: --from='{originals}' {lacks}\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert done.stdout.splitlines()[-1] == "a.tar.gz: https://host/a.tar.gz"
+    assert not builder.data_path.exists()
+
+
+@pytest.mark.parametrize("content", [b"image$", b"images and more"])
+def test_a_file_with_another_checksum_is_named(builder, originals, content):
+    (originals / "a.tar.gz").write_bytes(content)
+    said = "holds a.tar.gz, which is not the original file: its SHA-256 is "
+    with pytest.raises(InvalidValue, match=said):
+        prepare("cifar10", originals=str(originals))
+    assert not builder.data_path.exists()
+
+
+def test_original_files_go_with_downloaded_sets(builder, originals):
+    with pytest.raises(InvalidValue, match="does not go with digits, which is not downloaded"):
+        prepare("digits", originals=str(originals))
+    with pytest.raises(InvalidValue, match="^from='/absent' is not a folder$"):
+        prepare("cifar10", originals="/absent")
