@@ -38,6 +38,7 @@ from jdm.files import whole_folder, write_whole
 from jdm.joint import Joint, as_joint
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
+from jdm.numerics import fixed_flags, key_of
 from jdm.trees import differences
 
 HEAD_PREFIX = "clasifier"  # as the published code spells it
@@ -189,6 +190,7 @@ def load_weights(path: PathLike, config: ConfigDict, *, without_head: bool = Fal
     return {"params": {}, "batch_stats": {}, **unflatten_dict(flat)}
 
 
+@fixed_flags()
 def from_file(
     path: PathLike, config: ConfigDict, workdir: PathLike, *, without_head: bool = False
 ) -> None:
@@ -218,6 +220,7 @@ def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, A
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+@fixed_flags()
 def to_file(joint: Joint | PathLike, path: PathLike, *, without_head: bool = False) -> None:
     """Converts the weights of a model, or of the one at that path, to a state_dict.
 
@@ -269,7 +272,7 @@ def _initial_head(model: JointModel, seed: int) -> dict[tuple[str, ...], np.ndar
         flat = flatten_dict(model.init(key, *example_inputs(model)))
         return {at: leaf for at, leaf in flat.items() if at[1] == "head"}
 
-    return jax.device_get(init(jax.random.key(seed)))
+    return jax.device_get(init(key_of(seed)))
 
 
 # Files -------------------------------------------------------------------------------------------

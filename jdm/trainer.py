@@ -26,6 +26,7 @@ from jdm.errors import Failure, InvalidValue
 from jdm.files import write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
+from jdm.numerics import fixed_flags, key_of
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
 from jdm.training.build import Run, build
@@ -37,6 +38,7 @@ class NonFiniteError(Failure):
     """A loss or a gradient that is not finite; the message names the step."""
 
 
+@fixed_flags()
 def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """Trains a model, or resumes from the work folder's last checkpoint.
 
@@ -47,7 +49,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     NonFiniteError where the loss is not finite.
     """
     started, workdir = time.monotonic(), Path(workdir)
-    mesh, root = make_mesh(), jax.random.key(config.seed)
+    mesh, root = make_mesh(), key_of(config.seed)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled)):
         if not dry_run:

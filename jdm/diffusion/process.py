@@ -248,7 +248,7 @@ class Diffusion:
         """Weight of the squared error at t: 1 where gamma is 0, else min-SNR (6). A prediction for
         which (6) defines no weight allows gamma = 0 only."""
         if gamma == 0:
-            return jnp.ones(t.shape)
+            return jnp.ones(t.shape, jnp.float32)
         weight = PREDICTIONS[self.prediction].min_snr
         assert weight is not None, self.prediction
         return weight(jnp.asarray(self.abar / (1 - self.abar), jnp.float32)[t], gamma)

@@ -24,6 +24,7 @@ from jdm.diffusion.samplers import ddim_inverse, image_noise, initial_noise, rev
 from jdm.joint import abstract_weights, image_shape, logits_of, make_network
 from jdm.mesh import by_row, replicated
 from jdm.nn.model import JointModel
+from jdm.numerics import key_of
 from jdm.sampling.request import Recipe
 
 # The default upper bound on images per device and call. On a CPU larger batches are no faster; the
@@ -42,7 +43,7 @@ def _sample(model, classifier, diffusion, recipe, weights, seeds, targets, scale
         network = _with_classifier(network, make_network(classifier, diffusion, weights[1]))
     method = recipe.method
     eps_fn = guide(network, diffusion, method, targets, scale)
-    keys = jax.vmap(jax.random.key)(seeds)
+    keys = key_of(seeds)
     times = timesteps(diffusion, method.steps, method.spacing, recipe.total)
     start = STARTS[recipe.start](diffusion, keys, image_shape(model), times[0], given)
     x, trajectory = reverse(eps_fn, diffusion, start, keys, times, method, recipe.trajectory)

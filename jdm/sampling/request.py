@@ -13,11 +13,12 @@ from jdm.diffusion.guidance import GUIDANCE, block_mask
 from jdm.diffusion.method import Method, check_takes, plain_number
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
-from jdm.joint import Joint, as_joint, digest, make_network, name_of
-from jdm.options import POSITIVE, WHOLE, Option
+from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name_of
+from jdm.options import POSITIVE, TRUTH, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
 _COUNT = Option(None, "a number of images", POSITIVE, kind=WHOLE)
+_TRAJECTORY = Option(False, "", kind=TRUTH)
 
 
 class Recipe(NamedTuple):
@@ -104,6 +105,7 @@ def check_request(
     n = plain_number(n)
     _COUNT.check("n", n)
     _COUNT.check("batch_size", batch_size)
+    _TRAJECTORY.check("trajectory", trajectory)
     classifier_name = None if classifier is None else name_of(classifier)
     classifier = None if classifier is None else as_joint(classifier)
     model, guidance = joint.model, GUIDANCE[method.guidance]
@@ -122,8 +124,7 @@ def check_request(
 def _check_models(joint: Joint, classifier: Joint | None, method: Method, labelled: bool) -> None:
     """Raises InvalidValue where the models lack what the method needs."""
     takes, guidance = GUIDANCE[method.guidance].takes, method.guidance
-    if not joint.has_diffusion:
-        raise InvalidValue("joint", NO_VALUE, "is a model that was trained to classify alone")
+    check_trained(joint, "diffusion")
     if "labels" in takes and not labelled:
         raise InvalidValue("guidance", guidance, "needs labels")
     if classifier is not None:

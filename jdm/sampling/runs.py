@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jdm.errors import InvalidValue
 from jdm.files import write_whole
 from jdm.joint import Joint
+from jdm.numerics import fixed_flags
 from jdm.sampling.generate import Batch, concatenate, make_generator
 from jdm.sampling.request import Request
 from jdm.sampling.samples import check_folder, check_format, differences, read_settings
@@ -60,6 +61,7 @@ def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
         refuse(f"has an interrupted run of other settings: {differing}")
 
 
+@fixed_flags()
 def run(
     joint: Joint,
     request: Request,

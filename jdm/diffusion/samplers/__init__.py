@@ -41,7 +41,11 @@ THRESHOLDS: dict[str, Callable[[Images], Images] | None] = names.THRESHOLDS.reco
 
 def image_noise(keys: Key[Array, " b"], index, shape: tuple[int, ...]) -> Images:
     """Standard normal noise [B, *shape]; row i depends only on keys[i] and the index."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+    def of_image(key):
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(of_image)(keys)
 
 
 def initial_noise(diffusion: Diffusion, keys: Key[Array, " b"], shape: tuple[int, ...]) -> Images:
