@@ -1,10 +1,21 @@
-"""Files and folders that appear whole or not at all: written beside, then renamed."""
+"""Files and folders that appear whole or not at all: written beside, then renamed. And where the
+user's own folders are."""
 
 import contextlib
 import os
+import pwd
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def home() -> Path | None:
+    """The user's home folder; None where there is none. An empty $HOME, like every variable of the
+    environment that jdm reads, counts as not set."""
+    try:
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # a container may run under a number that is no user's
+        return None
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jdm.files import write_whole
+from jdm.messages import STDERR
 
 METRICS = "metrics.jsonl"
 
@@ -25,7 +26,7 @@ class Progress(contextlib.AbstractContextManager):
 
     def __init__(self, total: int, label: str, unit: str, done: int = 0, every: float = 10.0):
         shown = dict(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
-        self._bar = tqdm(**shown, file=sys.stderr, disable=not sys.stderr.isatty(), delay=2)
+        self._bar = tqdm(**shown, file=STDERR, disable=not STDERR.isatty(), delay=2)
         self._label, self._unit, self._total = label, unit, total
         self._done = self._first = done
         self._started = self._printed = time.monotonic()
@@ -48,7 +49,8 @@ class Progress(contextlib.AbstractContextManager):
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; above the bar, where there is one."""
-        self._bar.write(line, file=sys.stderr)
+        self._bar.write(line, file=STDERR)
+        STDERR.flush()
 
 
 class MetricLog(contextlib.AbstractContextManager):

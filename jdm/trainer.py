@@ -26,6 +26,7 @@ from jdm.errors import Failure, InvalidValue
 from jdm.files import write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
+from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
@@ -58,14 +59,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     check_workdir(config, workdir)
     if dry_run:
         compile_step(config, run, mesh, root)
-        print("dry run: nothing was written")
+        say("dry run: nothing was written", STDOUT)
         return
 
     workdir.mkdir(parents=True, exist_ok=True)
     write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
     last = checkpoint.newest_whole(workdir)
     if last is not None and last >= config.train.steps:
-        print(f"{workdir} is trained already: {last} of {config.train.steps} steps")
+        say(f"{workdir} is trained already: {last} of {config.train.steps} steps", STDOUT)
         return
     batches, evaluated = read_data(config)
     step = compile_step(config, run, mesh, root)
@@ -149,9 +150,10 @@ def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
     check_not_empty(labels, evaluated.labels, data, config.eval)
     check_labels(labels, model.num_classes, model.multi_label)
     known = np.sum(labels.reshape(len(labels), -1).max(axis=1) >= 0)
-    print(
+    say(
         f"training on {len(images):,} images, {known:,} of them labelled; "
-        f"evaluating on {len(evaluated.images):,} ({config.eval.split})"
+        f"evaluating on {len(evaluated.images):,} ({config.eval.split})",
+        STDOUT,
     )
     batching = dict(batch_size=data.batch_size, seed=config.seed, workers=data.workers)
     hosts = dict(host=jax.process_index(), hosts=jax.process_count())
@@ -165,13 +167,13 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     images = f"batches of {rows} images {'×'.join(map(str, shape))}"
     devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
-    print(f"compiling the training step: {count:,} parameters, {images}, {devices}", flush=True)
+    say(f"compiling the training step: {count:,} parameters, {images}, {devices}", STDOUT)
     started, needs = time.monotonic(), ""
     compiled = run.step.lower(run.state, batch, root).compile()
     if (memory := compiled.memory_analysis()) is not None:
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
-    print(f"compiled in {time.monotonic() - started:.0f} s{needs}", flush=True)
+    say(f"compiled in {time.monotonic() - started:.0f} s{needs}", STDOUT)
     return compiled
 
 
@@ -207,7 +209,9 @@ def begin(config: ConfigDict, run: Run, root: Any, source: Joint | None) -> Trai
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
     listed = f"; new: {', '.join(new)}" if new else ""
-    print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    say(
+        f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}", STDOUT
+    )
     return warm_started(run.init(root), source.weights)
 
 
@@ -217,11 +221,11 @@ def resume(run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any)
     A converted checkpoint has only weights: training starts from them with a new optimiser.
     """
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
-        print(f"resuming from step {step} of {workdir}")
+        say(f"resuming from step {step} of {workdir}", STDOUT)
         items = checkpoint.restore(workdir, step, **_trees(run.state))
         batches.set_state(checkpoint.read_data(workdir, step))
         return TrainState(ema=items["weights"], **items["train_state"])
-    print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
+    say(f"{workdir} holds weights only: training starts from them, with a new optimiser", STDOUT)
     weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]
     return warm_started(run.init(root), weights)
 

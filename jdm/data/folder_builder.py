@@ -6,7 +6,6 @@ contains hashes of the folder's path and files, so a folder that changed has to 
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from jdm.data import DataError
 from jdm.data.decoding import check_image
 from jdm.data.folder import listing
+from jdm.messages import STDERR, say
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
@@ -47,7 +47,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         if self._listing.ignored:
-            print(f"{self._listing.ignored:,} other files are ignored", file=sys.stderr)
+            say(f"{self._listing.ignored:,} other files are ignored")
         broken = self._broken()
         if broken and not self._skip_broken:
             count = sum(map(len, self._listing.files.values()))
@@ -70,7 +70,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         """{path: what is wrong} of the images that cannot be decoded."""
         paths = [path for files in self._listing.files.values() for path, _ in files]
         broken = {}
-        for path in tqdm(paths, desc="checking", unit=" images"):
+        for path in tqdm(paths, desc="checking", unit=" images", file=STDERR):
             try:
                 why = check_image((self._root / path).read_bytes())
             except OSError as error:

@@ -9,7 +9,6 @@ import errno
 import importlib.util
 import io
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jdm.data.images import check_room, mebibytes
 from jdm.data.lookup import dataset
 from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
+from jdm.messages import say
 from jdm.names import FOLDER
 
 
@@ -58,7 +58,7 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path) -> None:
     existing = next(parent for parent in path.parents if parent.exists())
     check_room(existing, needed, f"preparing {name}", "--data_dir")
     if facts.download:
-        print(f"downloading {name}, {mebibytes(facts.download)}", file=sys.stderr)
+        say(f"downloading {name}, {mebibytes(facts.download)}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's messages; its bars use stderr
             builder.download_and_prepare()

@@ -11,7 +11,6 @@ import importlib
 import io
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from absl import logging
 from jdm.data import DataError
 from jdm.data.datasets import Dataset
 from jdm.data.lookup import dataset
+from jdm.files import home
+from jdm.messages import say
 from jdm.names import FOLDER
 
 BLOCK = 128  # records in one read
@@ -134,7 +135,7 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
         if not facts.automatic:
             run = command(facts.name, data_dir)
             raise DataError(f"{facts.name} is not prepared in {builder.data_path}; run {run}")
-        print(f"Preparing {facts.name} in {builder.data_path}.", file=sys.stderr)
+        say(f"Preparing {facts.name} in {builder.data_path}.")
         hidden = io.StringIO()  # progress bars of TFDS; absl's log is still shown
         try:
             with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
@@ -155,9 +156,15 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     import tensorflow_datasets as tfds  # slow to import
 
     module = importlib.import_module(facts.module)  # registers the builder
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
+    if not data_dir:
+        if (folder := home()) is None:
+            why = "there is no home folder for prepared data"
+            raise DataError(f"{why}; name one by --data_dir, config.data.dir or $TFDS_DATA_DIR")
+        data_dir = str(folder / "tensorflow_datasets")
     # TFDS would create a folder called "~", since it expands the name only in some places.
     data_dir = os.path.expanduser(data_dir)
-    options |= dict(data_dir=data_dir or None, file_format="array_record")
+    options |= dict(data_dir=data_dir, file_format="array_record")
     if facts.is_folder:
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # TFDS warns about every new configuration
@@ -168,6 +175,5 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     try:
         return tfds.builder(facts.name, **options)
     except ValueError as error:  # prepared already, in another format
-        where = data_dir or "the default folder of TFDS"
-        problem = f"{facts.name} is prepared in {where} in another format than array_record"
+        problem = f"{facts.name} is prepared in {data_dir} in another format than array_record"
         raise DataError(f"{problem}, the only one that jdm reads; use another folder") from error

@@ -9,7 +9,6 @@ there are batches or hosts, in these steps; random draws depend on the seed alon
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
 from jdm.data.records import Records
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.messages import say
 
 DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
 HELD_OUT_SEED = 20_230_918  # of the draw of held-out images, which is the same in every run
@@ -203,5 +203,5 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
         return images, labels_of(cache / f"{prefix}-labels-{fingerprint}", records)
     folder = cache / f"{prefix}-{size}x{size}x{channels}-v{VERSION}-{fingerprint}"
     if not folder.exists():
-        print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
+        say(f"Decoding {len(records):,} images of {facts.name} to {folder}.")
     return decoded_split(folder, records, size, channels)

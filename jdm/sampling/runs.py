@@ -10,7 +10,6 @@ host joins them. A run that fits in one part is written without parts.
 
 import io
 import json
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from jdm.errors import InvalidValue
 from jdm.files import write_whole
 from jdm.joint import Joint
+from jdm.messages import say
 from jdm.numerics import fixed_flags
 from jdm.sampling.generate import Batch, concatenate, make_generator
 from jdm.sampling.request import Request
@@ -87,7 +87,7 @@ def run(
     share = -(-count // hosts)
     if record.is_file():
         share = min(share, json.loads(record.read_text())["part"])
-    print(f"compiling {_summary(request)}", file=sys.stderr, flush=True)
+    say(f"compiling {_summary(request)}")
     rows, batches = make_generator(joint, request.part(slice(0, share)), batch_size)
     each = rows * -(-min(LEAST, share) // rows)  # whole batches
     if hosts == 1 and count <= each and not record.is_file():
