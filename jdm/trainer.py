@@ -19,7 +19,7 @@ from jdm import checkpoint
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty
-from jdm.data.pipeline import TrainBatches, train_batches
+from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue
@@ -51,6 +51,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, dry_run: bool = Fal
     """
     started, workdir = time.monotonic(), Path(workdir)
     mesh, root = make_mesh(), key_of(config.seed)
+    check_main_guard(config.data.workers)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled)):
         if not dry_run:
