@@ -77,7 +77,7 @@ def reverse(
         time, at_r, at_t, at_s, predicted = inputs
         t = jnp.full(x.shape[:1], time)
         estimate = eps_fn(x, t)
-        x0 = diffusion.x0_from_eps(x, t, estimate.eps)
+        x0 = diffusion.x0_of(estimate, x, t)
         if threshold is not None:
             x0 = threshold(x0)
             estimate = estimate._replace(eps=diffusion.eps_from_x0(x, t, x0))
