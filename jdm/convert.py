@@ -36,6 +36,7 @@ from jdm.config import config_to_dict
 from jdm.errors import Failure, InvalidValue
 from jdm.files import whole_folder, write_whole
 from jdm.joint import Joint, as_joint
+from jdm.mesh import local_mesh
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
 from jdm.numerics import fixed_flags, key_of
@@ -206,6 +207,7 @@ def from_file(
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         taken = "exists and is not empty; a new folder is needed"
         raise InvalidValue("workdir", str(workdir), taken)
+    local_mesh()  # raises InvalidValue where JAX cannot start
     weights = load_weights(path, config, without_head=without_head)
     settings = config_to_dict(config)
     if without_head:

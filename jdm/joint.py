@@ -150,12 +150,12 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     on all devices of this host, as float32 even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec.
+    InvalidValue for a wrong value of exec, or of $JAX_PLATFORMS.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
-            stacklevel=2,
+            stacklevel=3,
         )
     workdir = epath.Path(PRETRAINED.get(path, path) if isinstance(path, str) else path)
     if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
@@ -166,9 +166,10 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
         except checkpoint.CheckpointError as error:
             known = ", ".join(PRETRAINED)
             raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
+    mesh = local_mesh()  # before Orbax starts JAX, whose error would be a long one
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
-    target = abstract_weights(model, replicated(local_mesh()))
+    target = abstract_weights(model, replicated(mesh))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     return Joint(config, model, diffusion, weights)
 
@@ -251,7 +252,8 @@ def check_noise(joint: Joint, parameter: str, x: Any) -> Any:
     if not is_float(x):
         hint = "of uint8 images, pixels / 127.5 - 1 are" if x.dtype == np.uint8 else ""
         _refuse(parameter, f"has the dtype {x.dtype}; floats are needed", hint)
-    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused
+        x = x.astype(np.float32)
     if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x)).all():
         _refuse(parameter, "has values that are not finite as float32")
     return x

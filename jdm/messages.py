@@ -7,6 +7,7 @@ with `print`: to lose a result is an error.
 
 import contextlib
 import os
+import select
 import sys
 from typing import Any
 
@@ -60,6 +61,15 @@ def discard(stream: Any) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def nobody_reads(stream: Any) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream without a file
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    return False
 
 
 def open_missing() -> None:

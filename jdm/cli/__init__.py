@@ -13,12 +13,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import home
-from jdm.messages import STDOUT, discard, open_missing, say
+from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
 
 COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
 GROUPS = {"data": "Data sets: list, prepare or show."}
@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> None:
         name = error.parameter
         _exit(arguments, error.sentence(f"--{name}" if name in arguments.flags else name), 2)
     except (Failure, FloatingPointError, MemoryError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_broken(sys.stdout):
+        if isinstance(error, BrokenPipeError) and nobody_reads(sys.stdout):
             sys.exit(141)  # as if by SIGPIPE: who reads the result, such as head, has enough
         _exit(arguments, str(error), 1)
     except KeyboardInterrupt:
@@ -71,15 +71,6 @@ def _main(argv: list[str]) -> None:
 def _exit(arguments: argparse.Namespace, sentence: str, status: int) -> NoReturn:
     say(f"jdm {arguments.full_name}: {sentence}")
     sys.exit(status)
-
-
-def _is_broken(stream: TextIO) -> bool:
-    """Whether it is a pipe that nobody reads any more."""
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
 
 
 def parser() -> argparse.ArgumentParser:

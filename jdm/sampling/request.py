@@ -14,11 +14,10 @@ from jdm.diffusion.method import Method, check_takes, plain_number
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name_of
-from jdm.options import POSITIVE, TRUTH, WHOLE, Option
+from jdm.options import POSITIVE, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
 _COUNT = Option(None, "a number of images", POSITIVE, kind=WHOLE)
-_TRAJECTORY = Option(False, "", kind=TRUTH)
 
 
 class Recipe(NamedTuple):
@@ -105,7 +104,6 @@ def check_request(
     n = plain_number(n)
     _COUNT.check("n", n)
     _COUNT.check("batch_size", batch_size)
-    _TRAJECTORY.check("trajectory", trajectory)
     classifier_name = None if classifier is None else name_of(classifier)
     classifier = None if classifier is None else as_joint(classifier)
     model, guidance = joint.model, GUIDANCE[method.guidance]
@@ -136,7 +134,7 @@ def _check_models(joint: Joint, classifier: Joint | None, method: Method, labell
         warnings.warn(
             f"labels are given, but guidance={guidance!r} does not use them; "
             f"known guidance: {', '.join(GUIDANCE)}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
