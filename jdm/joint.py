@@ -286,8 +286,8 @@ def classify(
     """Class probabilities, float32 [N, K]. Each row sums to 1; with a multi-label model each entry
     is the probability of one attribute.
 
-    images: uint8 [N, H, W, C], or floats of any precision in [-1, 1], see `check_images`.
-    batch_size: images in one forward pass.
+    images: uint8 [N, H, W, C], or floats of any precision in [-1, 1]; those outside by up to half a
+    pixel level (1 / 255), as after rounding, are clipped. batch_size: images in one forward pass.
 
     Raises InvalidValue for images of another shape, dtype or range, and where the model was trained
     without a classifier.

@@ -90,9 +90,10 @@ def invert(
 ) -> Float[np.ndarray, "n h w c"]:
     """The noise x_T, float32 [N, H, W, C], from which ddim generates the given images.
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. To get the images back: jdm.sample(joint,
-    noise=x_T, steps=steps, spacing=spacing, threshold="none"), with the same guidance. iterations:
-    fixed-point iterations in each step, see samplers.ddim_inverse. For the rest see `jdm.sample`.
+    images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. To get the images back:
+    jdm.sample(joint, noise=x_T, steps=steps, spacing=spacing, threshold="none"), with the same
+    guidance. iterations: fixed-point iterations in each step, see samplers.ddim_inverse. For the
+    rest see `jdm.sample`.
 
     Raises InvalidValue, naming the argument; MemoryError where not even one image for each device
     fits.
@@ -134,9 +135,9 @@ def edit(
 ) -> Samples:
     """The images, noised up to a noise level and denoised toward labels (Meng et al. 2022, SDEdit).
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. strength: that noise level as a share of T, in
-    (0, 1]; at 1 nothing of the images is left. steps: denoising steps; None is 50 * strength. For
-    the rest see `jdm.sample`.
+    images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. strength: that noise
+    level as a share of T, in (0, 1]; at 1 nothing of the images is left. steps: denoising steps;
+    None is 50 * strength. For the rest see `jdm.sample`.
 
     Raises InvalidValue, naming the argument.
     """

@@ -55,8 +55,8 @@ def sample(
     labels: the targets of guidance, one for each image or one for all: classes in [0, K), with None
     or -1 for an image without guidance; or probabilities [N, K] whose rows sum to 1. For a
     multi-label model attributes [N, K]: 1 (on), 0 (off) or -1 (not guided).
-    seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T [N, H, W, C] to start from instead
-    of noise drawn from the seeds; noise of later steps is still drawn from them.
+    seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T, finite floats [N, H, W, C], to
+    start from instead of noise drawn from the seeds; noise of later steps is still drawn from them.
     classifier: the guidance classifier: a model trained on the same noise levels; None is the
     joint's own. trajectory: whether the estimates of x0 at every step are kept.
     batch_size: the most images per device and call. Batches are smaller where memory requires it.
