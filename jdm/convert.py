@@ -28,8 +28,11 @@ from jdm.config import config_to_dict
 from jdm.errors import InvalidValue
 from jdm.files import local_path, whole_folder, write_whole
 from jdm.joint import Joint, as_joint
+from jdm.mesh import local_mesh
+from jdm.messages import STDOUT, say
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.nn.unet import level_sizes
+from jdm.numerics import fixed_flags, key_of
 from jdm.torch_files import file_format, read
 from jdm.trees import differences
 
@@ -184,6 +187,7 @@ def load_weights(path: PathLike, config: ConfigDict, *, without_head: bool = Fal
     return {"params": {}, "batch_stats": {}, **unflatten_dict(flat)}
 
 
+@fixed_flags()
 def from_file(
     path: PathLike, config: ConfigDict, workdir: PathLike, *, without_head: bool = False
 ) -> None:
@@ -199,6 +203,7 @@ def from_file(
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         taken = "exists and is not empty; a new folder is needed"
         raise InvalidValue("workdir", str(workdir), taken)
+    local_mesh()  # raises InvalidValue where JAX cannot start
     weights = load_weights(path, config, without_head=without_head)
     settings = config_to_dict(config)
     if without_head:
@@ -213,6 +218,7 @@ def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, A
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+@fixed_flags()
 def to_file(joint: Joint | PathLike, path: PathLike, *, without_head: bool = False) -> None:
     """Converts the weights of a model, or of the one at that path, to a state_dict.
 
@@ -242,7 +248,7 @@ def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {name.removesuffix(FIRST) for name in arrays if name.endswith(FIRST)}
     prefix = found.pop() if len(found) == 1 else ""
     if prefix.endswith("."):
-        print(f"read without {prefix!r} before the names")
+        say(f"read without {prefix!r} before the names", STDOUT)
         arrays = {name.removeprefix(prefix): x for name, x in arrays.items()}
     return arrays
 
@@ -275,4 +281,4 @@ def _initial_head(model: JointModel, seed: int) -> dict[tuple[str, ...], np.ndar
         flat = flatten_dict(model.init(key, *example_inputs(model)))
         return {at: leaf for at, leaf in flat.items() if at[1] == "head"}
 
-    return jax.device_get(init(jax.random.key(seed)))
+    return jax.device_get(init(key_of(seed)))

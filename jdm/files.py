@@ -1,14 +1,15 @@
 """Paths as users write them; files and folders that appear whole or not at all.
 
 Every path that a user gives goes through `local_path`, once and before anything is read or written.
-Also what belongs to the system in a folder, how JSON that jdm has written is read back, and how a
-work folder is kept to one job.
+Also what belongs to the system in a folder, where the user's home folder is, how JSON that jdm has
+written is read back, and how a work folder is kept to one job.
 """
 
 import contextlib
 import datetime
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -111,10 +112,20 @@ def local_path(parameter: str, path: str | os.PathLike) -> str:
     for bare, braced in re.findall(r"\$(?:(\w+)|\{([^}]*)\})", given, re.ASCII):
         if (name := bare or braced) not in os.environ:
             refuse(f"names the environment variable {name}, which is not set")
-    expanded = os.path.expanduser(os.path.expandvars(given))
+    own = home() if re.match("~(/|$)", given) else None  # not where $HOME is empty
+    expanded = os.path.expandvars(f"{own}{given[1:]}" if own else os.path.expanduser(given))
     if given.startswith("~") and expanded.startswith("~"):
         refuse("names a user who does not exist", f"./{given} is a path that begins with ~")
     return expanded
+
+
+def home() -> Path | None:
+    """The user's home folder; None where there is none. An empty $HOME, like every variable of the
+    environment that jdm reads, counts as not set."""
+    try:
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # a container may run under a number that is no user's
+        return None
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

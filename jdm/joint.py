@@ -10,13 +10,13 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from jdm import checkpoint
@@ -28,8 +28,12 @@ from jdm.files import local_path
 from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
 from jdm.nn.unet import block_names
-from jdm.options import POSITIVE, Option
+from jdm.numerics import fixed_flags, key_of
+from jdm.options import POSITIVE, Option, is_float
 from jdm.pretrained import PRETRAINED
+
+HALF_LEVEL = 0.5 / 127.5  # of a pixel, for floats in [-1, 1]: rounding to uint8 removes as much
+PIXELS = 20.0  # above all values of noised images in [-1, 1], and below some in [0, 255]
 
 
 def make_network(model: JointModel, diffusion: Diffusion, weights: Any) -> Network:
@@ -94,15 +98,29 @@ class Joint:
         in checkpoints of version 0.1 and in converted ones."""
         return tuple(self.dataset.get("class_names", ()))
 
-    def denoise(self, xt: Float[Array, "b h w c"], t: Int[Array, " b"]) -> Float[Array, "b h w c"]:
-        """The noise estimate [B, H, W, C] for xt at noise level t, int32 [B] in [0, T)."""
+    @fixed_flags()
+    def denoise(self, xt: Any, t: Any) -> Float[Array, "b h w c"]:
+        """The noise estimate, float32 [B, H, W, C], for xt at noise level t.
+
+        xt: floats [B, H, W, C], images in [-1, 1] with noise. t: integers in [0, T), [B] or one for
+        all. May be called inside jit; then only shapes and dtypes are checked, and not values.
+
+        Raises InvalidValue, naming the argument, for another shape or dtype, a t outside [0, T),
+        and an xt that is not finite; also where the model was not trained to generate. Warns of an
+        xt that seems to be pixels.
+        """
+        check_trained(self, "diffusion")
+        xt, t = check_noised(self, "xt", xt, t)
         return _denoise(self.model, self.diffusion, self.weights, xt, t)
 
-    def logits(
-        self, x: Float[Array, "b h w c"], t: Int[Array, " b"] | int = 0
-    ) -> Float[Array, "b k"]:
-        """Logits [B, K] for x at noise level t, in [0, T); clean images have t = 0."""
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), x.shape[:1])
+    @fixed_flags()
+    def logits(self, x: Any, t: Any = 0) -> Float[Array, "b k"]:
+        """Logits, float32 [B, K], for x at noise level t; clean images have t = 0.
+
+        x, t: see `denoise`, with the same errors. For uint8 images see `classify`.
+        """
+        check_trained(self, "classifier")
+        x, t = check_noised(self, "x", x, t)
         return logits_of(self.model, self.weights, x, t)
 
     @property
@@ -130,6 +148,7 @@ class Joint:
         return "classifier" in self.config.loss.terms and self.config.loss.weight != 0
 
 
+@fixed_flags()
 def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint:
     """A trained model, from a work folder, one of its checkpoints, or the package.
 
@@ -141,12 +160,13 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
     bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec and for a path that is not local, see files.local_path.
+    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, and for a path that is not local,
+    see files.local_path.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
-            stacklevel=2,
+            stacklevel=3,
         )
     packaged = PRETRAINED.get(path) if isinstance(path, str) else None
     workdir = epath.Path(packaged or local_path("path", path))
@@ -158,9 +178,10 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
         except checkpoint.CheckpointError as error:
             known = ", ".join(PRETRAINED)
             raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
+    mesh = local_mesh()  # before Orbax starts JAX, whose error would be a long one
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
-    target = abstract_weights(model, replicated(local_mesh()))
+    target = abstract_weights(model, replicated(mesh))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     has_data = "data" in checkpoint.items(workdir, step)  # a converted model has not
     data = checkpoint.read_data(workdir, step) if has_data else {}
@@ -170,7 +191,7 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
     """The model's {params, batch_stats} as shapes, dtypes and sharding."""
     check_shape(model)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))
+    shapes = jax.eval_shape(model.init, key_of(0), *example_inputs(model))
     shapes = {"batch_stats": {}, **shapes}
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
@@ -185,64 +206,115 @@ def as_joint(joint: "Joint | str | os.PathLike", parameter: str = "joint") -> Jo
         raise (error.about(parameter) if error.parameter == "path" else error) from None
 
 
+def check_trained(joint: Joint, term: str) -> None:
+    """Raises InvalidValue where the model was trained without "diffusion" or "classifier"."""
+    if term == "diffusion" and not joint.has_diffusion:
+        raise InvalidValue("joint", NO_VALUE, "is a model that was trained to classify alone")
+    if term == "classifier" and not joint.has_classifier:
+        raise InvalidValue("joint", NO_VALUE, "is a model that was trained without a classifier")
+
+
 def name_of(joint: "Joint | str | os.PathLike") -> str:
     """How settings name a model: by its path, where it was given as one."""
     return "a Joint" if isinstance(joint, Joint) else os.fspath(joint)
 
 
-def wrong_shape(verb: str, given: np.ndarray, shape: tuple[int, ...]) -> str:
-    """The rest of an error's sentence about arrays that are not [N, H, W, C] of the model."""
-    takes = ", ".join(map(str, shape))
-    return f"{verb} the shape {given.shape}; this model takes [N, H, W, C] = (N, {takes})"
+def _refuse(parameter: str, allowed: str, hint: str = "") -> NoReturn:
+    raise InvalidValue(parameter, NO_VALUE, allowed, hint)
+
+
+def _check_shape(joint: Joint, parameter: str, verb: str, x: Any) -> None:
+    if x.ndim != 4 or x.shape[1:] != joint.image_shape:
+        takes = ", ".join(map(str, joint.image_shape))
+        refused = f"{verb} the shape {x.shape}; this model takes [N, H, W, C] = (N, {takes})"
+        _refuse(parameter, refused)
 
 
 def check_images(joint: Joint, images: Any, least: int = 0) -> np.ndarray:
     """The images [N, H, W, C], checked: uint8, or float32 in [-1, 1]. least: the smallest N.
 
-    Raises InvalidValue for another number, shape, dtype or range; warns where no float is negative.
+    Floats may have any precision. Those that are outside [-1, 1] by up to half a pixel level, as
+    after rounding, are clipped. Raises InvalidValue for another number, shape, dtype or range;
+    warns where no float is negative.
     """
     images = np.asarray(images)
-
-    def refuse(allowed: str):
-        raise InvalidValue("images", NO_VALUE, allowed)
-
-    if images.ndim != 4 or images.shape[1:] != joint.image_shape:
-        refuse(wrong_shape("have", images, joint.image_shape))
+    _check_shape(joint, "images", "have", images)
     if len(images) < least:
-        refuse(f"are {len(images) or 'none'}; there must be at least {least}")
+        _refuse("images", f"are {len(images) or 'none'}; there must be at least {least}")
     if images.dtype == np.uint8:
         return images
-    if not np.issubdtype(images.dtype, np.floating):
-        refuse(f"have the dtype {images.dtype}; uint8 or float is allowed")
+    if not is_float(images):
+        _refuse("images", f"have the dtype {images.dtype}; uint8 or float is allowed")
+    images = images.astype(np.float32)
     if images.size:
         low, high = float(images.min()), float(images.max())
-        if not (low >= -1 and high <= 1):  # also where there is a NaN
-            refuse(
+        if not (low >= -1 - HALF_LEVEL and high <= 1 + HALF_LEVEL):  # also where there is a NaN
+            _refuse(
+                "images",
                 f"are floats that range over [{low:g}, {high:g}]; floats must lie in [-1, 1], or "
-                "images be uint8 in [0, 255]"
+                "images be uint8 in [0, 255]",
             )
         if low >= 0:
             warnings.warn(
                 f"float images range over [{low:g}, {high:g}] and are taken to lie in [-1, 1]; if "
                 "they lie in [0, 1], pass 2 * images - 1",
-                stacklevel=3,
+                stacklevel=4,
             )
-    return images.astype(np.float32)
+    return images.clip(-1, 1)
 
 
+def check_noise(joint: Joint, parameter: str, x: Any) -> Any:
+    """Noise or noised images [B, H, W, C], checked, as float32. Values are checked if x is
+    concrete, that is outside jit: they must be finite. Raises InvalidValue; see `Joint.denoise`."""
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    _check_shape(joint, parameter, "has", x)
+    if not is_float(x):
+        hint = "of uint8 images, pixels / 127.5 - 1 are" if x.dtype == np.uint8 else ""
+        _refuse(parameter, f"has the dtype {x.dtype}; floats are needed", hint)
+    with np.errstate(over="ignore"):  # what overflows is refused
+        x = x.astype(np.float32)
+    if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x)).all():
+        _refuse(parameter, "has values that are not finite as float32")
+    return x
+
+
+def check_noised(joint: Joint, parameter: str, x: Any, t: Any) -> tuple[Any, Any]:
+    """(x float32 [B, H, W, C], t int32 [B]), checked; see `Joint.denoise`."""
+    x = check_noise(joint, parameter, x)
+    if not isinstance(x, jax.core.Tracer) and np.abs(np.asarray(x)).max(initial=0) > PIXELS:
+        warnings.warn(
+            f"{parameter} has values above {PIXELS:g}, but is taken for images in [-1, 1] with "
+            "noise; of pixels in [0, 255], pass pixels / 127.5 - 1",
+            stacklevel=4,
+        )
+    t = t if isinstance(t, jax.Array) else np.asarray(t)
+    if t.shape not in ((), x.shape[:1]) or t.dtype.kind not in "iu":
+        _refuse("t", f"must be one integer, or {len(x)} for as many images, not {t.dtype}{t.shape}")
+    if not isinstance(t, jax.core.Tracer):
+        t, steps = np.asarray(t), joint.diffusion.steps
+        if ((t < 0) | (t >= steps)).any():
+            wrong = t[(t < 0) | (t >= steps)].flat[0]
+            _refuse("t", f"holds {wrong}; noise levels lie in [0, {steps})")
+    return x, jnp.broadcast_to(t.astype(np.int32), x.shape[:1])
+
+
+@fixed_flags()
 def classify(
     joint: "Joint | str | os.PathLike", images: Any, *, batch_size: int = 256, names: bool = False
 ) -> Float[np.ndarray, "n k"] | list[dict[str, float]]:
     """Class probabilities, float32 [N, K]. Each row sums to 1; with a multi-label model each entry
     is the probability of one attribute.
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. batch_size: images in one forward pass. names:
-    return {name of a class: its probability}, the most probable first, for each image instead.
+    images: uint8 [N, H, W, C], or floats of any precision in [-1, 1]; those outside by up to half a
+    pixel level (1 / 255), as after rounding, are clipped. batch_size: images in one forward pass.
+    names: return {name of a class: its probability}, the most probable first, for each image
+    instead.
 
-    Raises InvalidValue for images of another shape, dtype or range, and for `names` where the model
-    does not know them.
+    Raises InvalidValue for images of another shape, dtype or range, where the model was trained
+    without a classifier, and for `names` where the model does not know them.
     """
     joint = as_joint(joint)
+    check_trained(joint, "classifier")
     if names and not joint.class_names:
         unknown = "cannot be given: this checkpoint does not hold the names of its classes"
         raise InvalidValue("names", True, unknown)
@@ -254,7 +326,8 @@ def classify(
         batch = images[start : start + batch_size]
         pad = min(batch_size, len(images)) - len(batch)
         batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
-        logits = joint.logits(to_floats(batch))
+        t = jnp.zeros(len(batch), jnp.int32)
+        logits = logits_of(joint.model, joint.weights, to_floats(batch), t)
         rows.append(np.asarray(probabilities(logits))[: len(batch) - pad])
     found = np.concatenate(rows)
     if not names:

@@ -3,25 +3,46 @@
 Owns shardings. A single device is a mesh of one, so no other code counts devices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.extend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdm.errors import InvalidValue
 
 
+def _started(find: Callable[[], list[jax.Device]]) -> list[jax.Device]:
+    """The devices that `find` returns. Raises InvalidValue where JAX cannot use $JAX_PLATFORMS."""
+    try:
+        return find()
+    except (RuntimeError, AssertionError):  # the type and the text depend on JAX and the platform
+        if not (wanted := jax.config.jax_platforms):  # type: ignore[attr-defined]
+            raise
+        jax.config.update("jax_platforms", None)
+        there = sorted({device.platform for device in jax.devices()} | {"cpu"})
+        jax.extend.backend.clear_backends()
+        jax.config.update("jax_platforms", wanted)
+        allowed = f"cannot be used: this JAX finds {' and '.join(there)} here"
+        raise InvalidValue(
+            "JAX_PLATFORMS", wanted, allowed, "unset, it is the best of these"
+        ) from None
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices, by default all devices of all hosts, along one axis, "data"."""
-    devices = jax.devices() if devices is None else devices
+    """The devices, by default all devices of all hosts, along one axis, "data".
+
+    Raises InvalidValue where $JAX_PLATFORMS names devices that are not there.
+    """
+    devices = _started(jax.devices) if devices is None else devices
     # Auto axes: Explicit ones refuse gathers such as abar[t] with a sharded t.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def local_mesh() -> Mesh:
     """The devices of this host along "data", for work that each host does separately."""
-    return make_mesh(jax.local_devices())
+    return make_mesh(_started(jax.local_devices))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -42,6 +42,11 @@ def _tuple(text: str) -> tuple:
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
+def is_float(array: Any) -> bool:
+    """Whether an array holds floats of any precision; NumPy does not count bfloat16 as one."""
+    return "float" in array.dtype.name
+
+
 class Kind(NamedTuple):
     """An option's type. words: its name in errors. accepts: value -> bool. read: text -> value."""
 

@@ -19,6 +19,7 @@ from etils.epath import PathLike
 
 from jdm.errors import Failure, InvalidValue
 from jdm.files import local_path
+from jdm.messages import STDOUT, say
 from jdm.names import WEIGHT_FILES
 
 # Parts of a name that parallel, compiled and checkpointed modules of PyTorch add.
@@ -40,12 +41,12 @@ def file_format(parameter: str, path: PathLike) -> FileFormat:
     return FORMATS[ending]
 
 
-def read(path: PathLike, log: Callable[[str], Any] = print) -> dict[str, np.ndarray]:
+def read(path: PathLike) -> dict[str, np.ndarray]:
     """{name: array} of a state_dict on disk, in its order.
 
     The state_dict may be an entry of the file's dict, {"state_dict": …}, and have names from
     wrapped modules, which are read without WRAPPERS. Floats of fewer than 32 bits become float32,
-    which changes no value. `log` is told what was done, in one line.
+    which changes no value. What was done is said in one line.
 
     Raises InvalidValue for a file that is missing, damaged, contains code or has not exactly one
     state_dict; OSError where it cannot be opened; Failure without PyTorch.
@@ -85,7 +86,7 @@ def read(path: PathLike, log: Callable[[str], Any] = print) -> dict[str, np.ndar
     notes += [f"without {part!r} in the names" for part in sorted(parts & WRAPPERS)]
     notes += [f"{dtype.removeprefix('torch.')} as float32" for dtype in sorted(small)]
     if notes:
-        log(f"read {path}: {', '.join(notes)}")
+        say(f"read {path}: {', '.join(notes)}", STDOUT)
     return arrays
 
 

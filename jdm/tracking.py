@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jdm.files import write_whole
+from jdm.messages import STDERR, STDOUT, say
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
@@ -28,7 +29,7 @@ class Progress(contextlib.AbstractContextManager):
 
     def __init__(self, total: int, label: str, unit: str, done: int = 0, every: float = 10.0):
         shown = dict(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
-        self._bar = tqdm(**shown, file=sys.stderr, disable=not sys.stderr.isatty(), delay=2)
+        self._bar = tqdm(**shown, file=STDERR, disable=not STDERR.isatty(), delay=2)
         self._label, self._unit, self._total = label, unit, total
         self._done = self._first = done
         self._started = self._printed = time.monotonic()
@@ -51,7 +52,8 @@ class Progress(contextlib.AbstractContextManager):
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; above the bar, where there is one."""
-        self._bar.write(line, file=sys.stderr)
+        self._bar.write(line, file=STDERR)
+        STDERR.flush()
 
 
 class MetricLog(contextlib.AbstractContextManager):
@@ -71,7 +73,7 @@ class MetricLog(contextlib.AbstractContextManager):
                 file.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
             write_whole(path, b"".join(line for line, _ in kept))
             rows = f"{len(moved)} row{'s' * (len(moved) > 1)} after step {step}, or damaged,"
-            print(f"moved {rows} from {path} to {replaced}")
+            say(f"moved {rows} from {path} to {replaced}", STDOUT)
         self._before = kept[-1][1]["seconds"] if kept else 0.0
         self._started = started
         self._file = path.open("a")

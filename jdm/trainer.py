@@ -21,13 +21,15 @@ from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty
 from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
-from jdm.data.pipeline import TrainBatches, train_batches
+from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import local_path, only_job, read_json, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
+from jdm.messages import STDOUT, say
+from jdm.numerics import fixed_flags, key_of
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
 from jdm.training.build import Run, build, learning_rate
@@ -39,6 +41,7 @@ class NonFiniteError(Failure):
     """A loss or a gradient that is not finite; the message names the step."""
 
 
+@fixed_flags()
 def train(
     config: ConfigDict,
     workdir: str | os.PathLike,
@@ -56,7 +59,8 @@ def train(
     data cannot be read, NonFiniteError where the loss is not finite.
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
-    mesh, root = make_mesh(), jax.random.key(config.seed)
+    mesh, root = make_mesh(), key_of(config.seed)
+    check_main_guard(config.data.workers)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled)):
         if not dry_run:
@@ -65,7 +69,7 @@ def train(
     check_workdir(config, workdir)
     if dry_run:
         compile_step(config, run, mesh, root)
-        print("dry run: nothing was written")
+        say("dry run: nothing was written", STDOUT)
         return
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ def _train(
     last = checkpoint.newest_whole(workdir)
     write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
     if last is not None and last >= config.train.steps:
-        print(f"{workdir} is trained already: {last} of {config.train.steps} steps")
+        say(f"{workdir} is trained already: {last} of {config.train.steps} steps", STDOUT)
         return
     batches, evaluated = read_data(config)
     dataset = identity_of_run(config.data, ReadOptions.of(config.data, config.model))
@@ -215,9 +219,10 @@ def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
     check_not_empty(labels, evaluated.labels, data, config.eval)
     check_labels(labels, model.num_classes, model.multi_label)
     known = np.sum(labels.reshape(len(labels), -1).max(axis=1) >= 0)
-    print(
+    say(
         f"training on {len(images):,} images, {known:,} of them labelled; "
-        f"evaluating on {len(evaluated.images):,} ({config.eval.split})"
+        f"evaluating on {len(evaluated.images):,} ({config.eval.split})",
+        STDOUT,
     )
     batching = dict(batch_size=data.batch_size, seed=config.seed, workers=data.workers)
     hosts = dict(host=jax.process_index(), hosts=jax.process_count())
@@ -231,13 +236,13 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
     count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     images = f"batches of {rows} images {'×'.join(map(str, shape))}"
     devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
-    print(f"compiling the training step: {count:,} parameters, {images}, {devices}", flush=True)
+    say(f"compiling the training step: {count:,} parameters, {images}, {devices}", STDOUT)
     started, needs = time.monotonic(), ""
     compiled = run.step.lower(run.state, batch, root).compile()
     if (memory := compiled.memory_analysis()) is not None:
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
-    print(f"compiled in {time.monotonic() - started:.0f} s{needs}", flush=True)
+    say(f"compiled in {time.monotonic() - started:.0f} s{needs}", STDOUT)
     return compiled
 
 
@@ -276,9 +281,10 @@ def begin(
         return run.init(root)
     new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
     listed = f"; new: {', '.join(first_ten(new))}" if new else ""
-    print(f"restored {count - len(new)} of {count} arrays of {config.train.init_from}{listed}")
+    restored = f"restored {count - len(new)} of {count} arrays"
+    say(f"{restored} of {config.train.init_from}{listed}", STDOUT)
     if renamed := class_differences(source.dataset, dataset):
-        print(f"its classes were others: {'; '.join(renamed[:SHOWN])}")
+        say(f"its classes were others: {'; '.join(renamed[:SHOWN])}", STDOUT)
     return warm_started(run.init(root), source.weights)
 
 
@@ -297,7 +303,7 @@ def resume(
     A converted checkpoint has only weights: training starts from them with a new optimiser.
     """
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
-        print(f"resuming from step {step} of {workdir}")
+        say(f"resuming from step {step} of {workdir}", STDOUT)
         items = checkpoint.restore(workdir, step, **_trees(run.state))
         position = checkpoint.read_data(workdir, step)
         if not (isinstance(position, dict) and isinstance(position.get("next_index"), int)):
@@ -305,7 +311,7 @@ def resume(
             raise checkpoint.CheckpointError(f"step {step} of {workdir} {said}")
         batches.set_state(position, other_data=other_data)
         return TrainState(ema=items["weights"], **items["train_state"])
-    print(f"{workdir} holds weights only: training starts from them, with a new optimiser")
+    say(f"{workdir} holds weights only: training starts from them, with a new optimiser", STDOUT)
     weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]
     return warm_started(run.init(root), weights)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 import jdm
 from jdm import checkpoint
 from jdm.data.splits import load_split
+from jdm.errors import InvalidValue
 from jdm.joint import make_network
 from jdm.mesh import make_mesh
 from jdm.trainer import prepare
@@ -66,6 +69,66 @@ def test_the_classifier_that_guides_is_given_the_t_of_the_image(joint):
     assert np.abs(ours - at_zero)[1:].max() > 1e-3
 
 
+def test_floats_of_any_precision_and_with_rounding_errors_are_images(joint, images):
+    """Up to half a pixel level outside [-1, 1]."""
+    x, expected = images / 127.5 - 1, jdm.classify(joint, images)
+    for precise in (x.astype(np.float32) * 1.0000001, x * 1.003):
+        np.testing.assert_allclose(jdm.classify(joint, precise), expected, atol=0.01)
+    half = jnp.asarray(x, jnp.bfloat16)
+    np.testing.assert_allclose(jdm.classify(joint, half), expected, atol=0.01)
+    np.testing.assert_array_equal(joint.logits(half), joint.logits(jnp.asarray(half, jnp.float32)))
+
+
+@pytest.mark.parametrize("method", ["denoise", "logits"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(x=np.zeros((3, 8, 8, 1), np.uint8)), "has the dtype uint8; .* pixels / 127.5 - 1"),
+        (dict(x=np.zeros((3, 8, 8, 1), int)), "has the dtype int64; floats are needed$"),
+        (dict(x=np.zeros((3, 8, 1), np.float32)), r"has the shape \(3, 8, 1\); this model takes"),
+        (dict(x=np.full((3, 8, 8, 1), np.nan)), "has values that are not finite"),
+        (dict(t=50), r"holds 50; noise levels lie in \[0, 50\)$"),
+        (dict(t=np.array([0, -1, 3])), "holds -1; noise"),
+        (dict(t=1.5), r"must be one integer, or 3 for as many images, not float64\(\)"),
+        (dict(t=np.zeros(2, int)), r"must be one integer, or 3 .* not int64\(2,\)"),
+    ],
+)
+def test_what_denoise_and_logits_refuse(joint, method, change, said):
+    given = dict(x=np.zeros((3, 8, 8, 1), np.float32), t=np.zeros(3, int)) | change
+    with pytest.raises(InvalidValue, match=f"^(xt?|t) {said}"):
+        getattr(joint, method)(*given.values())
+
+
+def test_inside_jit_shapes_and_dtypes_are_checked_and_values_are_not(joint):
+    x, t = jnp.ones((3, 8, 8, 1)), jnp.array([0, 10, 49])
+    for method in (joint.denoise, joint.logits):
+        np.testing.assert_allclose(jax.jit(method)(x, t), method(x, t), atol=1e-4)
+        jax.eval_shape(method, x, t + 50)
+        with pytest.raises(InvalidValue, match="^xt? has the dtype uint8"):
+            jax.jit(method)(x.astype(jnp.uint8), t)
+
+
+def test_pixels_as_floats_are_warned_about(joint, images):
+    with pytest.warns(UserWarning, match=r"^x has values above 20, .* pass pixels / 127.5 - 1"):
+        joint.logits(images * 1.0)
+
+
+@pytest.mark.parametrize(
+    ("terms", "calls"),
+    [
+        (("classifier",), [lambda j, x: j.denoise(x, 0), lambda j, x: jdm.invert(j, x, steps=1)]),
+        (("diffusion",), [lambda j, x: j.logits(x), lambda j, x: jdm.classify(j, x)]),
+    ],
+)
+def test_what_a_model_was_not_trained_for_is_refused(joint, terms, calls):
+    config = joint.config.copy_and_resolve_references()
+    config.loss.terms = terms
+    other, x = dataclasses.replace(joint, config=config), -np.ones((1, 8, 8, 1), np.float32)
+    for call in calls:
+        with pytest.raises(InvalidValue, match="^joint is a model that was trained "):
+            call(other, x)
+
+
 def test_probabilities_sum_to_one_at_any_batch_size(joint, images):
     whole = jdm.classify(joint, images)
     assert whole.shape == (10, 10) and whole.dtype == np.float32
@@ -91,6 +154,10 @@ def test_path_in_place_of_joint(tiny, joint, images):
         (lambda x: x.astype(np.int32), "int32"),
         (lambda x: x / 1.0, r"must lie in \[-1, 1\]"),
         (lambda x: x / 127.5 - 1 + np.nan, r"must lie in \[-1, 1\]"),
+        (
+            lambda x: (x / 127.5 - 1) * 1.005,
+            r"over \[-1.005, 1.005\]; floats must lie in \[-1, 1\]",
+        ),
     ],
 )
 def test_images_of_another_shape_or_range(joint, images, make, said):

@@ -2,13 +2,13 @@
 
 Each command is a file of this folder, listed in COMMANDS, with its HELP, an EXAMPLE, `add_flags`
 and `run`. An error is printed as one sentence without a traceback. The exit status is 2 for a wrong
-flag or config key, and 1 for any other failure. Commands import JAX inside their functions, so that
+flag or config key, and 1 for any other failure. A closed output ends a command quietly (`jdm data
+list | head -1`), and no training or sampling. Commands import JAX inside their functions, so that
 flags and configs are checked first.
 """
 
 import argparse
 import importlib
-import io
 import os
 import sys
 import warnings
@@ -17,6 +17,8 @@ from typing import NoReturn
 
 import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
+from jdm.files import home
+from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
 
 COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
 GROUPS = {"data": "Data sets: list, prepare or show."}
@@ -31,32 +33,43 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command line; exits with its status where that is not 0."""
-    argv = sys.argv[1:] if argv is None else argv
+    open_missing()
+    try:
+        _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python would print a traceback at exit
+                discard(stream)
+
+
+def _main(argv: list[str]) -> None:
     overrides = [flag for flag in argv if flag.startswith("--config.")]
     arguments = parser().parse_args([flag for flag in argv if flag not in overrides])
     arguments.overrides = overrides
-    for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
         if overrides and not getattr(arguments, "config", None):
             said = "goes with --config; a checkpoint has its config"
             raise InvalidValue(overrides[0], NO_VALUE, said)
         arguments.run(arguments)
+        sys.stdout.flush()  # a result that cannot be written is an error
     except InvalidValue as error:
         for line in first_ten(error.details):
-            print(line)
+            say(line, STDOUT)
         name = error.parameter
         _exit(arguments, error.sentence(f"--{name}" if name in arguments.flags else name), 2)
     except (Failure, FloatingPointError, MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads(sys.stdout):
+            sys.exit(141)  # as if by SIGPIPE: who reads the result, such as head, has enough
         _exit(arguments, str(error), 1)
     except KeyboardInterrupt:
         _exit(arguments, "interrupted", 130)
 
 
 def _exit(arguments: argparse.Namespace, sentence: str, status: int) -> NoReturn:
-    print(f"jdm {arguments.full_name}: {sentence}", file=sys.stderr)
+    say(f"jdm {arguments.full_name}: {sentence}")
     sys.exit(status)
 
 
@@ -77,14 +90,43 @@ def parser() -> argparse.ArgumentParser:
             last, help=module.HELP, description=module.HELP, epilog=example, allow_abbrev=False
         )
         module.add_flags(command)
+        for action in command._actions:
+            if action.type is None and action.default != "":  # where "" is not the default itself
+                action.type = _not_empty
         flags = {flag.lstrip("-") for action in command._actions for flag in action.option_strings}
         command.set_defaults(run=module.run, full_name=name, flags=flags)
     return whole
 
 
+def _not_empty(text: str) -> str:
+    """The text of a flag; an unset variable of a shell script (--workdir=$RUN) is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk; $JAX_COMPILATION_CACHE_DIR overrides the folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jdm" / "xla"
-    where = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    """Keeps compiled programs on disk; $JAX_COMPILATION_CACHE_DIR overrides the folder. Says so
+    where they cannot be kept."""
+    if not (where := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        try:
+            where = str(_cache_folder())
+        except OSError as error:
+            say(f"compiled programs are not kept, unless in $JAX_COMPILATION_CACHE_DIR: {error}")
+            os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = where
     if "jax" in sys.modules:  # JAX reads the environment only when it is imported
         sys.modules["jax"].config.update("jax_compilation_cache_dir", where)
+
+
+def _cache_folder() -> Path:
+    """The folder of compiled programs, which is made. Raises OSError where that is not possible."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # empty, or relative, which the standard says to ignore
+        if (of_user := home()) is None:
+            raise OSError("there is no home folder")
+        folder = of_user / ".cache"
+    folder = folder / "jdm" / "xla"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

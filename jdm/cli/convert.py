@@ -5,6 +5,7 @@ import argparse
 from jdm.cli.shared import CHECKPOINT, add_config, check_parent, load_joint
 from jdm.config import load_config
 from jdm.errors import NO_VALUE, InvalidValue
+from jdm.messages import STDOUT, say
 from jdm.names import WEIGHT_FILES
 
 HELP = "Convert weights of the published PyTorch implementation to a work folder, or back."
@@ -34,14 +35,14 @@ def run(arguments: argparse.Namespace) -> None:
         from jdm.convert import from_file
 
         from_file(arguments.source, config, arguments.workdir, **options)
-        print(f"wrote the weights of {arguments.source} to {arguments.workdir}, as step 0")
+        say(f"wrote the weights of {arguments.source} to {arguments.workdir}, as step 0", STDOUT)
     elif given == {"checkpoint", "to"}:
         path = check_parent("to", arguments.to)
         from jdm.convert import file_format, to_file
 
         file_format("to", path)  # raises before the model is loaded
         to_file(load_joint("checkpoint", arguments.checkpoint), path, **options)
-        print(f"wrote the weights of {arguments.checkpoint} to {arguments.to}")
+        say(f"wrote the weights of {arguments.checkpoint} to {arguments.to}", STDOUT)
     else:
         others = "either --from, --config and --workdir, or --checkpoint and --to are needed"
         raise InvalidValue("from", NO_VALUE, f"goes with other flags: {others}")

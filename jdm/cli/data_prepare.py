@@ -4,6 +4,7 @@ import argparse
 
 from jdm.cli.shared import add_data_dir, check_size
 from jdm.errors import InvalidValue
+from jdm.messages import STDOUT, say
 
 HELP = "Download a data set, or read a folder of images, and store it for training."
 EXAMPLE = "jdm data prepare cifar10; jdm data prepare folder:/path/of/images"
@@ -30,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
         path = prepare(arguments.name, arguments.data_dir, **options)
     except InvalidValue as error:
         raise (error.about("name") if error.parameter == "config.data.name" else error) from None
-    print(f"{arguments.name} is prepared in {path}")
+    say(f"{arguments.name} is prepared in {path}", STDOUT)

@@ -5,6 +5,7 @@ import argparse
 from jdm.cli.shared import add_data_dir, check_parent, check_size, data_dir
 from jdm.errors import InvalidValue
 from jdm.files import write_whole
+from jdm.messages import STDOUT, say
 
 HELP = "Draw a picture of a data set, with a column for each class."
 EXAMPLE = "jdm data show cifar10 --out=grid.png"
@@ -39,5 +40,5 @@ def run(arguments: argparse.Namespace) -> None:
         raise (error.about("name") if error.parameter == "config.data.name" else error) from None
     picture, columns = plot.by_class(split.images, split.labels, rows=8)
     write_whole(out, plot.png(picture))
-    print(f"wrote {columns} to {out}")
-    print(f"classes: {', '.join(f'{k} {name}' for k, name in enumerate(names))}")
+    say(f"wrote {columns} to {out}", STDOUT)
+    say(f"classes: {', '.join(f'{k} {name}' for k, name in enumerate(names))}", STDOUT)

@@ -9,6 +9,7 @@ from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.errors import InvalidValue
 from jdm.files import local_path, write_whole
+from jdm.messages import STDOUT, say
 
 HELP = "Evaluate a model: accuracy and cross-entropy."
 EXAMPLE = "jdm eval --checkpoint=runs/digits --out=report/"
@@ -54,9 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     found = dict(evaluate(joint, metrics or config.eval.metrics, split, evaluation))
     source = {"checkpoint": arguments.checkpoint, "data": name, "split": arguments.split}
     report = source | {"images": len(split.images)} | found
+    if folder:  # before anything is printed, which may fail
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
     for key, value in report.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-        print(f"wrote {folder / 'report.json'}")
+        say(f"wrote {folder / 'report.json'}", STDOUT)

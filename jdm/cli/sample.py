@@ -6,6 +6,7 @@ from jdm.cli import use_compilation_cache
 from jdm.cli.shared import CHECKPOINT, check_parent, load_joint
 from jdm.diffusion.method import OPTIONS, help_of, method_of
 from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.messages import STDOUT, say
 from jdm.sampling.labels import cycled, parse_labels, parse_numbers
 
 HELP = "Generate images."
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
     settings = request.settings(joint, **paths)
     done = runs.run(joint, request, settings, out, resume=arguments.resume, batch_size=batch_size)
-    print(f"wrote {n} images to {out}" if done else f"{out} is complete already")
+    say(f"wrote {n} images to {out}" if done else f"{out} is complete already", STDOUT)
 
 
 def _check_hosts(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ contains hashes of the folder's path and files, so a folder that changed has to 
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jdm.data import DataError
 from jdm.data.decoding import check_image
 from jdm.data.folder import listing, shown
 from jdm.files import local_path
+from jdm.messages import STDERR, say
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
@@ -52,7 +52,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         broken = self._broken()
         for path, why in broken.items():
             left_out = "left out: " if self._skip_broken else ""
-            print(f"{left_out}{shown(path)} ({why})", file=sys.stderr)
+            say(f"{left_out}{shown(path)} ({why})")
         if broken and not self._skip_broken:
             count = sum(map(len, self._listing.files.values()))
             named = "; ".join(f"{shown(path)} ({why})" for path, why in list(broken.items())[:3])
@@ -74,7 +74,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         """{path: what is wrong} of the images that cannot be decoded."""
         paths = [path for files in self._listing.files.values() for path, _ in files]
         broken = {}
-        for path in tqdm(paths, desc="checking", unit=" images"):
+        for path in tqdm(paths, desc="checking", unit=" images", file=STDERR):
             try:
                 why = check_image((self._root / path).read_bytes())
             except OSError as error:

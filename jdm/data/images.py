@@ -19,6 +19,7 @@ from jdm.data import DataError
 from jdm.data.decoding import decode, decoders
 from jdm.data.labels import Labels, Rows
 from jdm.files import whole_folder
+from jdm.messages import STDERR
 
 Pixels = UInt8[np.ndarray, "n h w c"]
 BLOCK = 64  # images that are handed to a decoder at once
@@ -171,7 +172,9 @@ def _write_images(path: Path, records: RecordSource, shape: tuple[int, ...]) -> 
         open(path, "wb") as file,
         decoders(len(records)) as decode_ahead,
         # disable=None hides the bar where there is no terminal.
-        tqdm(total=len(records), desc="decoding", unit=" images", disable=None) as progress,
+        tqdm(
+            total=len(records), desc="decoding", unit=" images", file=STDERR, disable=None
+        ) as progress,
     ):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

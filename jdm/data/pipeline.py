@@ -12,8 +12,11 @@ b·B + [h·B/H, (h + 1)·B/H). Batch b depends only on the seed and B, so the nu
 position of a training run, and is valid for any number of hosts.
 """
 
+import ast
 import functools
+import linecache
 import sys
+import traceback
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +28,7 @@ from jaxtyping import Int
 from jdm.data import DataError
 from jdm.data.images import Images, Pixels, Selection
 from jdm.data.labels import Labels, random_order
+from jdm.errors import InvalidValue
 
 Batch = dict[str, np.ndarray]
 PixelSource = Images | Selection
@@ -114,6 +118,34 @@ class TrainBatches(Iterator[Batch]):
         # Closed at exit at the latest: workers print errors when the interpreter ends before them.
         # Older versions of grain have no `close`.
         self._close = weakref.finalize(self, getattr(self._ahead, "close", lambda: None))
+
+
+def check_main_guard(workers: int) -> None:
+    """Raises InvalidValue where each worker would run the user's script, and train, again.
+
+    A process that multiprocessing starts imports the script that was started. So a script has to
+    start workers under `if __name__ == "__main__":`. Whether it does shows in its source, at the
+    statement of its top level that is running.
+    """
+    main = sys.modules["__main__"]
+    running = [
+        frame.f_lineno
+        for frame, _ in traceback.walk_stack(None)
+        if frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"
+    ]
+    imported = not getattr(main.__spec__, "name", "").endswith(
+        "__main__"
+    )  # of python -m, it is not
+    source = "".join(linecache.getlines(getattr(main, "__file__", None) or ""))
+    if not (workers and running and imported and source):
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            if node.lineno <= running[-1] <= (node.end_lineno or 0):
+                return
+    allowed = f"starts processes that run {main.__file__} again"
+    hint = 'in this script, put what trains under the line: if __name__ == "__main__":'
+    raise InvalidValue("config.data.workers", workers, allowed, hint)
 
 
 def train_batches(

@@ -9,7 +9,6 @@ import errno
 import importlib.util
 import io
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
 from jdm.errors import InvalidValue
 from jdm.files import local_path
+from jdm.messages import STDOUT, say
 from jdm.names import FOLDER
 
 
@@ -49,7 +49,7 @@ def prepare(
     """
     data_dir = data_dir and local_path("data_dir", data_dir)
     facts = dataset(name)
-    print(description(facts), flush=True)
+    say(description(facts), STDOUT)
     originals = originals and local_path("from", originals)
     options = dict(skip_broken=skip_broken) if facts.is_folder else {}
     builder = make_builder(facts, data_dir, **options)
@@ -63,7 +63,7 @@ def prepare(
     if facts.is_folder:
         for split, count in facts.splits.items():
             if missing := count - builder.info.splits[split].num_examples:
-                print(f"left out: broken images of {split}: {missing:,}")
+                say(f"left out: broken images of {split}: {missing:,}", STDOUT)
     size = size or next(iter(facts.sizes), None)
     if size:
         for split in {stored_split(facts, split) for split in facts.splits} - {"extra"}:
@@ -120,9 +120,9 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -
 
         # TFDS takes a file from here where it has the name that the download would have.
         options["download_config"] = tfds.download.DownloadConfig(manual_dir=originals)
-        print(f"reading the original files of {name} in {originals}", file=sys.stderr)
+        say(f"reading the original files of {name} in {originals}")
     elif facts.download:
-        print(f"downloading {name}, {mebibytes(facts.download)}", file=sys.stderr)
+        say(f"downloading {name}, {mebibytes(facts.download)}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's messages; its bars use stderr
             builder.download_and_prepare(**options)

@@ -11,7 +11,6 @@ import importlib
 import io
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from absl import logging
 from jdm.data import DataError
 from jdm.data.datasets import Dataset
 from jdm.data.lookup import dataset
-from jdm.files import local_path
+from jdm.files import home, local_path
+from jdm.messages import say
 from jdm.names import FOLDER
 
 BLOCK = 128  # records in one read
@@ -139,7 +139,7 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
         if not facts.automatic:
             run = command(facts.name, data_dir)
             raise DataError(f"{facts.name} is not prepared in {builder.data_path}; run {run}")
-        print(f"Preparing {facts.name} in {builder.data_path}.", file=sys.stderr)
+        say(f"Preparing {facts.name} in {builder.data_path}.")
         hidden = io.StringIO()  # progress bars of TFDS; absl's log is still shown
         try:
             with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
@@ -162,11 +162,16 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
 
     module = importlib.import_module(facts.module)  # registers the builder
     default = os.environ.get("TFDS_DATA_DIR")
-    if not data_dir and default:  # TFDS has read it, as it is, when it was imported
-        data_dir = local_path("TFDS_DATA_DIR", default)
-    elif data_dir:
+    if data_dir:
         data_dir = local_path("config.data.dir", data_dir)
-    options |= dict(data_dir=data_dir or None, file_format="array_record")
+    elif default:
+        data_dir = local_path("TFDS_DATA_DIR", default)
+    elif folder := home():
+        data_dir = str(folder / "tensorflow_datasets")
+    else:
+        why = "there is no home folder for prepared data"
+        raise DataError(f"{why}; name one by --data_dir, config.data.dir or $TFDS_DATA_DIR")
+    options |= dict(data_dir=data_dir, file_format="array_record")
     if facts.is_folder:
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # TFDS warns about every new configuration
@@ -177,6 +182,5 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     try:
         return tfds.builder(facts.name, **options)
     except ValueError as error:  # prepared already, in another format
-        where = data_dir or "the default folder of TFDS"
-        problem = f"{facts.name} is prepared in {where} in another format than array_record"
+        problem = f"{facts.name} is prepared in {data_dir} in another format than array_record"
         raise DataError(f"{problem}, the only one that jdm reads; use another folder") from error

@@ -9,7 +9,6 @@ there are batches or hosts, in these steps; random draws depend on the seed alon
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from jdm.data.lookup import dataset
 from jdm.data.records import Records
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path
+from jdm.messages import say
 
 DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
 HELD_OUT_SEED = 20_230_918  # of the draw of held-out images, which is the same in every run
@@ -201,7 +201,7 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
         return images, labels_of(cache_folder(records, stored, options, "labels"), records)
     folder = cache_folder(records, stored, options, f"{size}x{size}x{channels}-v{VERSION}")
     if not folder.exists():
-        print(f"Decoding {len(records):,} images of {facts.name} to {folder}.", file=sys.stderr)
+        say(f"Decoding {len(records):,} images of {facts.name} to {folder}.")
     return decoded_split(folder, records, size, channels)
 
 

@@ -37,11 +37,17 @@ Table = Float[np.ndarray, " T"]  # float64, one entry for each t
 
 
 class Estimate(NamedTuple):
-    """What samplers and guidance see of a network's output at (x_t, t): the noise estimate, and the
-    log variance of the reverse step from t to t - 1, None where it is not learned; [B, H, W, C]."""
+    """What samplers and guidance see of a network's output at (x_t, t), arrays [B, H, W, C].
+
+    eps: the noise estimate. log_variance: of the reverse step from t to t - 1; None where it is not
+    learned. own: (eps, x_0), both as the network estimates them, where it estimates x_0 otherwise
+    than by eps, else None. `Diffusion.x0_of` needs it: at the noisy end, where x_t is almost all
+    noise, x_0 computed from a float32 eps is off by a pixel level. Guidance changes eps alone.
+    """
 
     eps: Images
     log_variance: Images | None = None
+    own: tuple[Images, Images] | None = None
 
 
 class Level(NamedTuple):
@@ -93,14 +99,15 @@ class Prediction(NamedTuple):
     """What a network predicts: the meaning of its raw output.
 
     a, b are the coefficients of (1), x_t = a x_0 + b eps; c, d those of the posterior mean of (2)
-    for s = t - 1, c x_0 + d x_t. to_eps: (raw, xt, a, b, c, d) -> eps. target: (x0, eps, a, b, c,
-    d) -> the regression target of the raw output. min_snr: (SNR, gamma) -> the weight (6) of its
-    squared error, or None where (6) defines none. perturbation: the step size r of the feature
-    perturbation in representation guidance (14a), as a share of the features' norm; positive is
-    along the classifier's gradient.
+    for s = t - 1, c x_0 + d x_t. to_eps: (raw, xt, a, b, c, d) -> eps. to_x0: the same for x_0;
+    None where x_0 is computed from eps. target: (x0, eps, a, b, c, d) -> the regression target of
+    the raw output. min_snr: (SNR, gamma) -> the weight (6) of its squared error, or None where (6)
+    defines none. perturbation: the step size r of the feature perturbation in representation
+    guidance (14a), as a share of the features' norm; positive is along the classifier's gradient.
     """
 
     to_eps: Callable[..., Array]
+    to_x0: Callable[..., Array] | None
     target: Callable[..., Array]
     min_snr: Callable[[Array, float], Array] | None
     perturbation: float
@@ -111,24 +118,28 @@ class Prediction(NamedTuple):
 PREDICTIONS: dict[str, Prediction] = names.PREDICTIONS.records(
     eps=Prediction(
         to_eps=lambda raw, xt, a, b, c, d: raw,
+        to_x0=None,
         target=lambda x0, eps, a, b, c, d: eps,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
         perturbation=-1.0,
     ),
     x0=Prediction(
         to_eps=lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
+        to_x0=lambda raw, xt, a, b, c, d: raw,
         target=lambda x0, eps, a, b, c, d: x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
         perturbation=0.5,
     ),
     v=Prediction(  # (3)
         to_eps=lambda raw, xt, a, b, c, d: a * raw + b * xt,
+        to_x0=lambda raw, xt, a, b, c, d: a * xt - b * raw,
         target=lambda x0, eps, a, b, c, d: a * eps - b * x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
         perturbation=-0.05,
     ),
     previous=Prediction(  # the posterior mean; its error is c times that of x_0
         to_eps=lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
+        to_x0=lambda raw, xt, a, b, c, d: (raw - d * xt) / c,
         target=lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
         min_snr=None,
         perturbation=0.5,
@@ -234,6 +245,15 @@ class Diffusion:
         a, b = self.scales(t)
         return (xt - b * eps) / a
 
+    def x0_of(self, estimate: Estimate, xt: Images, t: Times) -> Images:
+        """The x_0 of an estimate at (x_t, t): the network's own, where it has one, moved by as much
+        as guidance has changed its eps."""
+        if estimate.own is None:
+            return self.x0_from_eps(xt, t, estimate.eps)
+        eps, x0 = estimate.own
+        a, b = self.scales(t)
+        return x0 - b / a * (estimate.eps - eps)
+
     def eps_from_x0(self, xt: Images, t: Times, x0: Images) -> Images:
         """(1) solved for eps."""
         a, b = self.scales(t)
@@ -248,7 +268,7 @@ class Diffusion:
         """Weight of the squared error at t: 1 where gamma is 0, else min-SNR (6). A prediction for
         which (6) defines no weight allows gamma = 0 only."""
         if gamma == 0:
-            return jnp.ones(t.shape)
+            return jnp.ones(t.shape, jnp.float32)
         weight = PREDICTIONS[self.prediction].min_snr
         assert weight is not None, self.prediction
         return weight(jnp.asarray(self.abar / (1 - self.abar), jnp.float32)[t], gamma)
@@ -265,12 +285,14 @@ class Diffusion:
         stands for. No other code converts raw outputs to eps."""
         prediction, variance = self.split(raw)
         coefficients = *self.scales(t), *self.posterior_scales(t)
-        eps = PREDICTIONS[self.prediction].to_eps(prediction, xt, *coefficients)
+        to_eps, to_x0, *_ = PREDICTIONS[self.prediction]
+        eps = to_eps(prediction, xt, *coefficients)
+        own = (eps, to_x0(prediction, xt, *coefficients)) if to_x0 else None
         if variance is None:
-            return Estimate(eps)
+            return Estimate(eps, None, own)
         fraction = (variance + 1) / 2
         low, high = self.at(self.small_log_variance, t), self.at(np.log(self.betas), t)
-        return Estimate(eps, fraction * high + (1 - fraction) * low)  # (4)
+        return Estimate(eps, fraction * high + (1 - fraction) * low, own)  # (4)
 
     def posterior_mean(self, x0: Images, xt: Images, at_t: Level, at_s: Level) -> Images:
         """Mean of q(x_s | x_t, x_0) for any s < t (2); s may be the clean image, abar = 1. The
@@ -298,7 +320,7 @@ class Diffusion:
         """The term of the variational bound (5) at t, in bits per dimension [B]. p(x_0 | x_1) is a
         Gaussian integrated over each of the 256 pixel bins."""
         levels = self.levels(t)
-        mean = self.posterior_mean(self.x0_from_eps(xt, t, estimate.eps), xt, *levels)
+        mean = self.posterior_mean(self.x0_of(estimate, xt, t), xt, *levels)
         log_variance = estimate.log_variance
         if log_variance is None:
             tables = self.small_log_variance, self.large_log_variance

@@ -105,7 +105,7 @@ def make_model(model: ConfigDict, exec: ConfigDict) -> JointModel:
 def example_inputs(model: JointModel) -> tuple[Float[Array, "1 s s c"], Int[Array, "1"]]:
     """(x, t) of zeros, x [1, S, S, C] and t [1], for `model.init`."""
     side = model.image_size
-    return jnp.zeros((1, side, side, model.image_channels)), jnp.zeros((1,), jnp.int32)
+    return jnp.zeros((1, side, side, model.image_channels), jnp.float32), jnp.zeros((1,), jnp.int32)
 
 
 def check_shape(model: JointModel) -> None:

@@ -16,6 +16,7 @@ from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_images, image_shape, name_of, to_floats
 from jdm.mesh import local_mesh, replicated
+from jdm.numerics import fixed_flags, key_of
 from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
 from jdm.sampling.generate import generate
@@ -28,6 +29,7 @@ _ITERATIONS, _STRENGTH = Option(1, "", POSITIVE), Option(1.0, "", SHARE)
 _POINTS = Option(2, "", Rule("at least 2: both ends are included", lambda n: n >= 2))
 
 
+@fixed_flags()
 def interpolate(
     joint: Joint | str | os.PathLike,
     seeds: Numbers,
@@ -73,6 +75,7 @@ def interpolate(
     return generate(joint, request, batch_size, model=path, interpolate=ends.tolist())
 
 
+@fixed_flags()
 def invert(
     joint: Joint | str | os.PathLike,
     images: Any,
@@ -87,9 +90,10 @@ def invert(
 ) -> Float[np.ndarray, "n h w c"]:
     """The noise x_T, float32 [N, H, W, C], from which ddim generates the given images.
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. To get the images back: jdm.sample(joint,
-    noise=x_T, steps=steps, spacing=spacing, threshold="none"), with the same guidance. iterations:
-    fixed-point iterations in each step, see samplers.ddim_inverse. For the rest see `jdm.sample`.
+    images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. To get the images back:
+    jdm.sample(joint, noise=x_T, steps=steps, spacing=spacing, threshold="none"), with the same
+    guidance. iterations: fixed-point iterations in each step, see samplers.ddim_inverse. For the
+    rest see `jdm.sample`.
 
     Raises InvalidValue, naming the argument; MemoryError where not even one image for each device
     fits.
@@ -114,6 +118,7 @@ def invert(
     return np.concatenate(noise)
 
 
+@fixed_flags()
 def edit(
     joint: Joint | str | os.PathLike,
     images: Any,
@@ -130,9 +135,9 @@ def edit(
 ) -> Samples:
     """The images, noised up to a noise level and denoised toward labels (Meng et al. 2022, SDEdit).
 
-    images: uint8 [N, H, W, C], or floats in [-1, 1]. strength: that noise level as a share of T, in
-    (0, 1]; at 1 nothing of the images is left. steps: denoising steps; None is 50 * strength. For
-    the rest see `jdm.sample`.
+    images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. strength: that noise
+    level as a share of T, in (0, 1]; at 1 nothing of the images is left. steps: denoising steps;
+    None is 50 * strength. For the rest see `jdm.sample`.
 
     Raises InvalidValue, naming the argument.
     """
@@ -159,7 +164,7 @@ def edit(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _noise(model, diffusion, seeds):
     """x_T of the seeds, float32 [N, H, W, C]."""
-    return initial_noise(diffusion, jax.vmap(jax.random.key)(seeds), image_shape(model))
+    return initial_noise(diffusion, key_of(seeds), image_shape(model))
 
 
 def _arc(first: np.ndarray, last: np.ndarray, shares: np.ndarray) -> Float[np.ndarray, "n h w c"]:

@@ -7,7 +7,6 @@ compiled once for each combination of model, recipe and shapes, and kept for lat
 import functools
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
 from jdm.diffusion.samplers import ddim_inverse, image_noise, initial_noise, reverse, timesteps
 from jdm.joint import abstract_weights, image_shape, logits_of, make_network
 from jdm.mesh import by_row, replicated
+from jdm.messages import say
 from jdm.nn.model import JointModel
+from jdm.numerics import key_of
 from jdm.sampling.request import Recipe
 
 # The default upper bound on images per device and call. On a CPU larger batches are no faster; the
@@ -42,7 +43,7 @@ def _sample(model, classifier, diffusion, recipe, weights, seeds, targets, scale
         network = _with_classifier(network, make_network(classifier, diffusion, weights[1]))
     method = recipe.method
     eps_fn = guide(network, diffusion, method, targets, scale)
-    keys = jax.vmap(jax.random.key)(seeds)
+    keys = key_of(seeds)
     times = timesteps(diffusion, method.steps, method.spacing, recipe.total)
     start = STARTS[recipe.start](diffusion, keys, image_shape(model), times[0], given)
     x, trajectory = reverse(eps_fn, diffusion, start, keys, times, method, recipe.trajectory)
@@ -196,5 +197,5 @@ def fitting(
         fewer = each // 2 if need == math.inf else int(each * free / need)
         fewer = 2 ** int(math.log2(max(1, min(each // 2, fewer))))
         said = f"{each} images a device would need {needs}, and {has}: {fewer} at a time"
-        print(said, file=sys.stderr)
+        say(said)
         each = fewer

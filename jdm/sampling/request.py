@@ -13,7 +13,7 @@ from jdm.diffusion.guidance import GUIDANCE, block_mask
 from jdm.diffusion.method import Method, check_takes, plain_number
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
-from jdm.joint import Joint, as_joint, digest, make_network, name_of
+from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name_of
 from jdm.options import POSITIVE, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
@@ -126,8 +126,7 @@ def check_request(
 def _check_models(joint: Joint, classifier: Joint | None, method: Method, labelled: bool) -> None:
     """Raises InvalidValue where the models lack what the method needs."""
     takes, guidance = GUIDANCE[method.guidance].takes, method.guidance
-    if not joint.has_diffusion:
-        raise InvalidValue("joint", NO_VALUE, "is a model that was trained to classify alone")
+    check_trained(joint, "diffusion")
     if "labels" in takes and not labelled:
         raise InvalidValue("guidance", guidance, "needs labels")
     if classifier is not None:
@@ -146,7 +145,7 @@ def _check_models(joint: Joint, classifier: Joint | None, method: Method, labell
         warnings.warn(
             f"labels are given, but guidance={guidance!r} does not use them; "
             f"known guidance: {', '.join(GUIDANCE)}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -11,7 +11,6 @@ host joins them. A run that fits in one part is written without parts.
 import contextlib
 import io
 import json
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from jax.experimental import multihost_utils
 from jdm.errors import Failure, InvalidValue
 from jdm.files import is_system, read_json, write_whole
 from jdm.joint import Joint
+from jdm.messages import say
+from jdm.numerics import fixed_flags
 from jdm.sampling.generate import Batch, concatenate, make_generator
 from jdm.sampling.request import Request
 from jdm.sampling.samples import check_folder, check_format, differences, read_settings
@@ -62,6 +63,7 @@ def check_out(out: Path, settings: dict[str, Any], resume: bool) -> None:
         refuse(f"has an interrupted run of other settings: {differing}")
 
 
+@fixed_flags()
 def run(
     joint: Joint,
     request: Request,
@@ -87,7 +89,7 @@ def run(
     share = -(-count // hosts)
     if record.is_file():
         share = min(share, _recorded(record)["part"])
-    print(f"compiling {_summary(request)}", file=sys.stderr, flush=True)
+    say(f"compiling {_summary(request)}")
     rows, batches = make_generator(joint, request.part(slice(0, share)), batch_size)
     each = rows * -(-min(LEAST, share) // rows)  # whole batches
     if hosts == 1 and count <= each and not record.is_file():

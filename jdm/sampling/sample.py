@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jdm.diffusion.method import OPTIONS, Method, describe, method_of
-from jdm.errors import NO_VALUE, InvalidValue
-from jdm.joint import Joint, as_joint, name_of, wrong_shape
+from jdm.joint import Joint, as_joint, check_noise, name_of
+from jdm.numerics import fixed_flags
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers
 from jdm.sampling.request import check_request
@@ -34,6 +34,7 @@ def takes_method_options(function: Callable) -> Callable:
 
 
 @takes_method_options
+@fixed_flags()
 def sample(
     joint: Joint | str | os.PathLike,
     n: int | None = None,
@@ -54,8 +55,8 @@ def sample(
     labels: the targets of guidance, one for each image or one for all: classes in [0, K), with None
     or -1 for an image without guidance; or probabilities [N, K] whose rows sum to 1. For a
     multi-label model attributes [N, K]: 1 (on), 0 (off) or -1 (not guided).
-    seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T [N, H, W, C] to start from instead
-    of noise drawn from the seeds; noise of later steps is still drawn from them.
+    seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T, finite floats [N, H, W, C], to
+    start from instead of noise drawn from the seeds; noise of later steps is still drawn from them.
     classifier: the guidance classifier: a model trained on the same noise levels; None is the
     joint's own. trajectory: whether the estimates of x0 at every step are kept.
     batch_size: the most images per device and call. Batches are smaller where memory requires it.
@@ -69,7 +70,7 @@ def sample(
     """
     path, joint = name_of(joint), as_joint(joint)
     if noise is not None:
-        noise = _check_noise(joint, noise)
+        noise = np.asarray(check_noise(joint, "noise", noise))
         n = len(noise) if n is None else n
     request = check_request(
         joint,
@@ -84,12 +85,3 @@ def sample(
     if noise is not None:
         request = request.starting("noise", noise)
     return generate(joint, request, batch_size, model=path)
-
-
-def _check_noise(joint: Joint, noise: np.ndarray) -> np.ndarray:
-    noise = np.asarray(noise)
-    if noise.ndim != 4 or noise.shape[1:] != joint.image_shape:
-        raise InvalidValue("noise", NO_VALUE, wrong_shape("has", noise, joint.image_shape))
-    if not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
-        raise InvalidValue("noise", NO_VALUE, f"must be finite floats, not {noise.dtype}")
-    return noise.astype(np.float32)

@@ -275,7 +275,7 @@ def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images
     keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, jnp.arange(len(images)))
     # One draw for all numbers of an image: each draw takes about a second to compile.
     count = sum(1 + operation.draws for operation in policy.operations) + 2
-    u = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
     for probability, apply, draws, colour in policy.operations:
         coin, numbers, u = u[:, 0], u[:, 1 : 1 + draws], u[:, 1 + draws :]
@@ -296,7 +296,7 @@ def mix(
     key: draws the partners, and whether the batch is mixed. u: random numbers in [0, 1) that decide
     whether a row is mixed, and the share of its partner.
     """
-    numbers = jax.random.uniform(key, (len(images) + 1,))
+    numbers = jax.random.uniform(key, (len(images) + 1,), jnp.float32)
     mixed = (numbers[0] < settings.batch) & (u[:, 0] < settings.image)
     pairs = Pairs(numbers[1:].argsort(), jnp.where(mixed, u[:, 1], 0))
     share = pairs.share[:, None, None, None]

@@ -17,6 +17,7 @@ from jdm import names
 from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
 from jdm.nn.model import JointModel, example_inputs, make_model
+from jdm.numerics import key_of
 from jdm.training.loss import JointLoss
 from jdm.training.step import TrainState, init_state, train_step
 from jdm.training.t_sampler import T_SAMPLERS
@@ -70,7 +71,7 @@ def freeze_unused(optimiser: GradientTransformation, loss_fn: JointLoss) -> Grad
         return decodes and model.decode(features, t), classifies and model.classify(features, t)
 
     init = functools.partial(model.init, method=used)
-    params = jax.eval_shape(init, jax.random.key(0), *example_inputs(model))["params"]
+    params = jax.eval_shape(init, key_of(0), *example_inputs(model))["params"]
     trained = {path for path, _ in jax.tree.leaves_with_path(params)}
 
     def groups(params):
@@ -125,4 +126,4 @@ def _build(config: FrozenConfigDict, state_sharding: jax.sharding.Sharding) -> R
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init_fn = jax.jit(init, out_shardings=state_sharding, compiler_options=options)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=state_sharding)
-    return Run(model, diffusion, init_fn.eval_shape(jax.random.key(0)), init_fn, step_fn)
+    return Run(model, diffusion, init_fn.eval_shape(key_of(0)), init_fn, step_fn)

@@ -73,7 +73,7 @@ class JointLoss:
         float32 [B]. keys: for the streams "noise" and "augment". step: number of steps done before.
         """
         x0, label = pixels_to_float(batch["image"]), batch["label"]
-        eps = jax.random.normal(keys["noise"], x0.shape)
+        eps = jax.random.normal(keys["noise"], x0.shape, jnp.float32)
         xt = self.diffusion.q_sample(x0, t, eps)
         make = {  # in the order in which the encoder sees them
             "noised": lambda: Input(xt, t, label),
@@ -122,7 +122,7 @@ class JointLoss:
         logits = apply("classify", {k: encoded[k] for k in inputs if k in self.classified})
         outputs = {name: Outputs(raw.get(name), logits.get(name)) for name in inputs}
 
-        loss, values = jnp.zeros(()), {}
+        loss, values = jnp.zeros((), jnp.float32), {}
         metrics: Metrics = {}
         for name, term in self.terms.items():
             values[name], logged = term.values(self, rows, outputs)

@@ -87,7 +87,7 @@ def train_step(
         optimiser=optimiser_state,
         t_history=t_sampler.update(state.t_history, t, values),
     )
-    one = jnp.ones(())
+    one = jnp.ones((), jnp.float32)
     metrics |= {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}
     return next_state, metrics
 

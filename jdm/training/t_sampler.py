@@ -45,7 +45,7 @@ def uniform(steps: int) -> TSampler:
     """Every t is equally likely."""
 
     def draw(key: Key[Array, ""], history: None, rows: int):
-        return jax.random.randint(key, (rows,), 0, steps), jnp.ones(rows)
+        return jax.random.randint(key, (rows,), 0, steps, jnp.int32), jnp.ones(rows, jnp.float32)
 
     return TSampler(lambda: None, draw, lambda history, t, values: history)
 
@@ -55,13 +55,13 @@ def loss_second_moment(steps: int) -> TSampler:
     term = "diffusion"
 
     def init():
-        return History(jnp.zeros((steps, KEPT)), jnp.zeros(steps, jnp.int32))
+        return History(jnp.zeros((steps, KEPT), jnp.float32), jnp.zeros(steps, jnp.int32))
 
     def draw(key: Key[Array, ""], history: History, rows: int):
         root = jnp.sqrt((history.losses**2).mean(axis=1))
         p = (1 - UNIFORM) * root / root.sum() + UNIFORM / steps
         p = jnp.where((history.seen >= KEPT).all(), p, 1 / steps)
-        t = jax.random.choice(key, steps, (rows,), p=p)
+        t = jax.random.choice(key, jnp.arange(steps, dtype=jnp.int32), (rows,), p=p)
         return t, 1 / (steps * p[t])
 
     def update(history: History, t: Times, values: dict[str, PerRow]):
@@ -69,7 +69,7 @@ def loss_second_moment(steps: int) -> TSampler:
         order = jnp.argsort(t, stable=True)
         t, losses = t[order], values[term][order]
         first, end = (jnp.searchsorted(t, t, side=side) for side in ("left", "right"))
-        place = jnp.arange(len(t))
+        place = jnp.arange(len(t), dtype=jnp.int32)
         slot = (history.seen[t] + place - first) % KEPT
         # Only the last KEPT rows with the same t are written, so that no slot is written twice.
         row = jnp.where(place >= end - KEPT, t, steps)

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import chex
 import numpy as np
@@ -207,3 +210,36 @@ def test_sizes_and_hosts_are_checked_before_the_first_batch(batches, wrong, mess
     seed = {"seed": 0} if batches is train_batches else {}
     with pytest.raises(ValueError, match=message):
         batches(*numbered(20), **wrong, **seed)
+
+
+UNGUARDED = """
+from jdm.config import load_config
+from jdm.trainer import train
+train(load_config("tiny", ["--config.data.workers=1"]), "w")
+"""
+GUARDED = """
+import sys
+from jdm.data.pipeline import check_main_guard
+def start():
+    check_main_guard(1)
+    print("started")
+if len(sys.argv) and "__main__" == __name__:
+    start()
+try:
+    start()
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("script", [UNGUARDED, GUARDED], ids=["unguarded", "guarded"])
+def test_workers_need_a_script_with_a_main_guard(script, tmp_path):
+    (tmp_path / "mine.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    said = "config.data.workers=1 starts processes that run "
+    assert said in lines[-1] and 'if __name__ == "__main__":' in lines[-1]
+    assert os.listdir(tmp_path) == ["mine.py"]
+    assert lines[0] == "started" or script is UNGUARDED

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
 
 import jdm
 from jdm.diffusion.method import Method
+from jdm.joint import check_noise
 from jdm.sampling.request import check_request
 
 
@@ -74,7 +76,15 @@ from jdm.sampling.request import check_request
         (dict(labels=[1], guidance="both", inner_steps=0), "inner_steps=0"),
         (dict(labels=[1], guidance="published", inner_steps=2), "inner_steps=2 goes with"),
         (dict(noise=np.zeros((2, 8, 8, 3))), r"noise has the shape \(2, 8, 8, 3\)"),
-        (dict(noise=np.full((2, 8, 8, 1), np.nan)), "noise must be finite"),
+        (dict(noise=np.full((2, 8, 8, 1), np.nan)), "noise has values that are not finite"),
+        (
+            dict(noise=np.full((2, 8, 8, 1), 1e300)),
+            "noise has values that are not finite as float32",
+        ),
+        (
+            dict(noise=np.zeros((2, 8, 8, 1), np.uint8)),
+            "noise has the dtype uint8; floats are needed",
+        ),
         (dict(n=3, noise=np.zeros((2, 8, 8, 1))), "noise is given for 2 images of 3"),
     ],
 )
@@ -148,3 +158,14 @@ def test_n_labels_and_seeds_are_brought_to_one_length(joint):
     assert rows(labels=[1, None, -1]) == ([1, -1, -1], [0, 1, 2])
     plain = check_request(joint, method=Method())
     assert plain.seeds.tolist() == [0] and plain.labels is None
+
+
+def test_floats_of_any_precision_are_floats(joint):
+    """NumPy does not count bfloat16 as one."""
+    method, half = Method(guidance="pixel"), jnp.bfloat16
+    labels = np.full((2, 10), 0.1).astype(half)
+    request = check_request(joint, method=method, labels=labels)
+    assert request.labels.dtype == np.float32 and request.labels.sum() == pytest.approx(2, abs=0.01)
+    noise = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(half)
+    checked = check_noise(joint, "noise", noise)
+    np.testing.assert_array_equal(checked, noise.astype(np.float32))

@@ -9,6 +9,7 @@ from jdm import names
 from jdm.analysis.evaluators.base import EvaluationOptions, Evaluator
 from jdm.data.splits import Split
 from jdm.joint import Joint
+from jdm.numerics import fixed_flags
 
 EVALUATORS: dict[str, Evaluator] = names.EVALUATORS.modules(__name__, "EVALUATOR")
 
@@ -22,4 +23,9 @@ def evaluate(
     evaluator cannot use.
     """
     chosen = [EVALUATORS[names.check_name("metrics", name, EVALUATORS)] for name in metrics]
-    return (found for one in chosen for found in one(joint, split, options))
+
+    def values(one: Evaluator) -> list[tuple[str, float]]:
+        with fixed_flags():
+            return list(one(joint, split, options))
+
+    return (found for one in chosen for found in values(one))

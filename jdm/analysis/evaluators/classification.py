@@ -10,7 +10,7 @@ from jdm.data.pipeline import eval_batches
 from jdm.data.splits import Split
 from jdm.diffusion.process import pixels_to_float
 from jdm.errors import InvalidValue
-from jdm.joint import Joint
+from jdm.joint import Joint, logits_of
 from jdm.training.terms.classifier import ENTROPIES
 
 
@@ -24,7 +24,8 @@ def classification(
     """
     cross_entropy_fn, sums = ENTROPIES[joint.model.multi_label], np.zeros(3)
     for batch in eval_batches(split.images, split.labels, options.batch_size):
-        logits = joint.logits(pixels_to_float(jnp.asarray(batch["image"])))
+        x = pixels_to_float(jnp.asarray(batch["image"]))
+        logits = logits_of(joint.model, joint.weights, x, jnp.zeros(len(x), jnp.int32))
         # Padding has the label -1, which is not counted.
         rows = np.array(cross_entropy_fn(logits, jnp.asarray(batch["label"])), np.float64)
         sums += rows.sum(axis=1)

@@ -41,7 +41,11 @@ THRESHOLDS: dict[str, Callable[[Images], Images] | None] = names.THRESHOLDS.reco
 
 def image_noise(keys: Key[Array, " b"], index, shape: tuple[int, ...]) -> Images:
     """Standard normal noise [B, *shape]; row i depends only on keys[i] and the index."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+    def of_image(key):
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(of_image)(keys)
 
 
 def initial_noise(diffusion: Diffusion, keys: Key[Array, " b"], shape: tuple[int, ...]) -> Images:
@@ -73,7 +77,7 @@ def reverse(
         time, at_r, at_t, at_s, predicted = inputs
         t = jnp.full(x.shape[:1], time)
         estimate = eps_fn(x, t)
-        x0 = diffusion.x0_from_eps(x, t, estimate.eps)
+        x0 = diffusion.x0_of(estimate, x, t)
         if threshold is not None:
             x0 = threshold(x0)
             estimate = estimate._replace(eps=diffusion.eps_from_x0(x, t, x0))

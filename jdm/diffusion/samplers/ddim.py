@@ -51,8 +51,8 @@ def ddim_inverse(
 
     def v_at(x, time):
         t = jnp.full(x.shape[:1], time)
-        eps = eps_fn(x, t).eps
-        return velocity(diffusion, diffusion.x0_from_eps(x, t, eps), eps, t)
+        estimate = eps_fn(x, t)
+        return velocity(diffusion, diffusion.x0_of(estimate, x, t), estimate.eps, t)
 
     def step(carry, inputs):
         (x, v), (time, h) = carry, inputs

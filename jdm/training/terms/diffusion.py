@@ -41,7 +41,7 @@ def mse(loss, rows: Rows, error: PerRow, estimate: Estimate) -> PerRow:
     """(10), with (12) if the variance is learned."""
     value = loss.diffusion.loss_weight(rows.inputs[INPUT].t, loss.settings.min_snr_gamma) * error
     if estimate.log_variance is not None:
-        constant = estimate._replace(eps=jax.lax.stop_gradient(estimate.eps))
+        constant = jax.lax.stop_gradient(estimate)._replace(log_variance=estimate.log_variance)
         value += loss.settings.variance_weight * rescaled_kl(loss, rows, error, constant)
     return value
 
