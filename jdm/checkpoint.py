@@ -83,6 +83,8 @@ def save(
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
+            if partial.exists():
+                raise FileExistsError(f"{partial} is a file or a link: move it away")
         with literal(folder) as plain:
             with checkpointer() as writing:
                 writing.save(plain / partial.name, args=ocp.args.Composite(**args))

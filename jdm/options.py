@@ -72,6 +72,11 @@ COUNT = Kind(
 _KINDS = {int: WHOLE, float: NUMBER, bool: TRUTH, str: TEXT, tuple: TUPLE}
 
 
+def _is_finite(value: Any) -> bool:
+    """Of a number: whether it is neither a NaN nor larger than any float, as a whole number may."""
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One option.
@@ -101,7 +106,7 @@ class Option:
             return
         if not self.type.accepts(value):
             raise InvalidValue(parameter, value, f"must be {self.type.words}")
-        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:  # type: ignore[operator]  # also a NaN
+        if isinstance(value, Real) and not _is_finite(value):
             raise InvalidValue(parameter, value, "must be finite")
         for one in value if isinstance(value, tuple) else (value,):
             folder = self.folder and one.startswith(FOLDER)

@@ -4,6 +4,7 @@ What a person has put into the folder of a step is never deleted: it is moved to
 """
 
 import itertools
+import os
 import re
 import time
 import warnings
@@ -27,10 +28,11 @@ def files_of(root: epath.Path) -> dict[str, epath.Path]:
     return {name: path for name, path in files.items() if name != CHECKSUMS}
 
 
-def walk(folder: epath.Path) -> Iterator[epath.Path]:
+def walk(folder: epath.Path, follow: bool = True) -> Iterator[epath.Path]:
+    """What is below a folder, files before their folders. follow: also below symbolic links."""
     for path in folder.iterdir():  # epath has no rglob
-        if path.is_dir():
-            yield from walk(path)
+        if path.is_dir() and (follow or not os.path.islink(path)):
+            yield from walk(path, follow)
         yield path
 
 
@@ -47,7 +49,8 @@ def sweep(folder: epath.Path) -> bool:
 
     What a person has put into such a folder is moved to `<step>.kept` first, with a warning.
     """
-    left = [p for p in folder.iterdir() if PARTIAL.fullmatch(p.name) and p.is_dir()]
+    named = [path for path in folder.iterdir() if PARTIAL.fullmatch(path.name)]
+    left = [path for path in named if path.is_dir() and not os.path.islink(path)]
     for path in left:
         if added := _added(path):
             kept = free(folder / f"{path.name.partition('.')[0]}.kept")
@@ -60,7 +63,7 @@ def sweep(folder: epath.Path) -> bool:
 
 
 def _added(root: epath.Path) -> dict[str, epath.Path]:
-    """{relative path: path} of the files in a step, whole or not, that a person has added."""
+    """{relative path: path} of the files and links in a step, whole or not, that a person added."""
     try:
         ours = read_json(root / CHECKSUMS)
     except (Failure, FileNotFoundError):  # an interrupted save
@@ -70,8 +73,11 @@ def _added(root: epath.Path) -> dict[str, epath.Path]:
         # Orbax adds .orbax-checkpoint-tmp to the folder of an item until the item is whole.
         return name in ours if ours else name in FILES or re.split("[./]", name)[0] in HANDLERS
 
-    files = {name: path for name, path in files_of(root).items() if not is_system(path.name)}
-    return {name: path for name, path in files.items() if not written(name)}
+    below = walk(root, follow=False)
+    files = {p.relative_to(root).as_posix(): p for p in below if os.path.islink(p) or p.is_file()}
+    return {
+        k: p for k, p in files.items() if not (k == CHECKSUMS or is_system(p.name) or written(k))
+    }
 
 
 def sweep_failed(folder: epath.Path) -> None:

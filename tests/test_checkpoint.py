@@ -458,6 +458,21 @@ def test_what_a_person_put_into_a_step_outlives_it(copy):
     assert not (folder / "7.partial").exists() and not (folder / "8.partial").exists()
 
 
+def test_what_a_link_leads_to_is_not_deleted(copy):
+    folder, disk = copy / "checkpoints", copy / "disk"
+    disk.mkdir()
+    (disk / "thesis.txt").write_text("all of it")
+    for path in ("6", "8.partial", "9.partial", "7/plots"):
+        (folder / path).symlink_to(disk)
+    with pytest.raises(CheckpointError, match="8.partial is a file or a link: move it away"):
+        save(copy, 8, keep=1)
+    (folder / "8.partial").unlink()
+    with pytest.warns(UserWarning, match="7.kept"):
+        save(copy, 8, keep=1)
+    assert (disk / "thesis.txt").exists() and checkpoint.steps(copy) == [8]
+    assert (folder / "7.kept" / "plots").is_symlink() and not (folder / "7.partial").exists()
+
+
 def test_existing_step_is_not_overwritten(copy, saved):
     with pytest.raises(CheckpointError, match="7 exists already"):
         save(copy, 7, weights=make_params())

@@ -134,6 +134,14 @@ def test_only_what_a_save_that_was_killed_left_is_removed_beside_a_folder(beside
     assert (tmp_path / beside / "thesis.txt").read_text() == "all of it"
 
 
+def test_what_the_system_adds_to_a_folder_of_samples_is_not_in_the_way(tmp_path):
+    samples_of().save(tmp_path / "x")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "x" / name).touch()
+    samples_of().save(tmp_path / "x")
+    assert not (tmp_path / "x" / "Thumbs.db").exists()  # the folder was replaced
+
+
 def test_samples_that_a_killed_save_put_aside_are_not_lost_to_other_settings(tmp_path):
     samples_of().save(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / ".x.before")

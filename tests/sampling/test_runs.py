@@ -148,7 +148,10 @@ def test_a_part_that_does_not_open_is_generated_again(joint, whole, tmp_path, as
     assert len(cut) == 3
     cut[0].write_bytes(b"")
     cut[1].write_bytes(cut[1].read_bytes()[:-1000])
+    for name in ("Thumbs.db", "notes.txt"):
+        (cut[0].parent / name).write_text("mine")
     assert go_on()
+    assert [path.name for path in cut[0].parent.iterdir()] == ["notes.txt"]  # a person's stay
     with np.load(out) as saved:
         assert_same_images(saved["arr_0"], whole.images[:96])
 
