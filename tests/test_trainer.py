@@ -175,12 +175,14 @@ def test_a_warm_start_with_another_head_says_what_is_new(source, capsys):
     config = config_of(model=dict(head_width=12), train=dict(init_from=str(source)))
     run = trainer.prepare(config, trainer.make_mesh())
     saved = trainer.warm_source(config, run)
-    state = trainer.begin(config, run, jax.random.key(0), saved)
+    dataset = {"class_names": ["O", *saved.class_names[1:]]}
+    state = trainer.begin(config, run, jax.random.key(0), saved, dataset)
     total = len(jax.tree.leaves(saved.params))
     said = capsys.readouterr().out
     assert f"restored {total - 7} of {total} arrays of {source}; new: head/" in said
     assert all(f"head/{name}" in said for name in ("in/kernel", "time/bias", "out/kernel"))
     assert "unet" not in said and "head/out/bias" not in said
+    assert said.endswith("\nits classes were others: class 0 was '0' and is 'O'\n")
     for tree in (state.params, state.ema["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree["unet"], saved.params["unet"])
         assert tree["head"]["in"]["kernel"].shape[1] == 12

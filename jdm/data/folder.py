@@ -57,8 +57,11 @@ class Listing:
             split: collections.Counter(label for _, label in files)
             for split, files in self.files.items()
         }
-        named = {split: f" ({self.folders[split]})" * bool(self.folders[split]) for split in counts}
-        rows = [["class", *(split + named[split] for split in counts)]]
+        named = {
+            split: split if folder in ("", split) else f"{split} ({folder})"
+            for split, folder in self.folders.items()
+        }
+        rows = [["class", *(named[split] for split in counts)]]
         for label, name in enumerate(self.classes):
             rows.append([f"{label} {name}", *(f"{one[label]:,}" for one in counts.values())])
         rows.append(["all", *(f"{one.total():,}" for one in counts.values())])
