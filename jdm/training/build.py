@@ -22,12 +22,10 @@ from jdm.training.loss import JointLoss
 from jdm.training.step import TrainState, init_state, train_step
 from jdm.training.t_sampler import T_SAMPLERS
 
-# The learning rate after the warm-up: (peak, number of remaining steps) -> optax schedule.
-LR_SCHEDULES: dict[str, Callable] = names.LR_SCHEDULES.records(
-    {
-        "constant": lambda lr, steps: optax.constant_schedule(lr),
-        "cosine": lambda lr, steps: optax.cosine_decay_schedule(lr, max(steps, 1)),
-    }
+# The learning rate after the warm-up: (peak, number of remaining steps) -> optax schedule, or None
+# where it stays at the peak, whatever the number of steps.
+LR_SCHEDULES: dict[str, Callable | None] = names.LR_SCHEDULES.records(
+    constant=None, cosine=lambda lr, steps: optax.cosine_decay_schedule(lr, max(steps, 1))
 )
 
 
@@ -37,7 +35,8 @@ def learning_rate(
     """The learning rate of each step: it rises linearly to `lr`, then follows `schedule` to
     total_steps. Raises InvalidValue for an unknown schedule."""
     names.check_name("config.optim.schedule", schedule, LR_SCHEDULES)
-    after = LR_SCHEDULES[schedule](lr, total_steps - warmup_steps)
+    make = LR_SCHEDULES[schedule]
+    after = make(lr, total_steps - warmup_steps) if make else optax.constant_schedule(lr)
     warmup = optax.linear_schedule(0.0, lr, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
@@ -98,11 +97,12 @@ class Run(NamedTuple):
 def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
     """The parts of a run; computes no array. Raises InvalidValue for values that do not fit.
 
-    The parts are kept, and their compiled programs with them: another run of the same config in the
-    same process compiles nothing.
+    The parts are kept, and their compiled programs with them: another run in the same process whose
+    config has the same values of what is read here compiles nothing.
     """
     read = {name: config[name] for name in ("model", "exec", "diffusion", "loss", "optim")}
-    train = {name: config.train[name] for name in ("steps", "t_sampler", "ema_decay", "ema_warmup")}
+    train = {name: config.train[name] for name in ("t_sampler", "ema_decay", "ema_warmup")}
+    train["steps"] = config.train.steps if LR_SCHEDULES.get(config.optim.schedule) else 0
     return _build(FrozenConfigDict(read | {"train": train}), state_sharding)
 
 
