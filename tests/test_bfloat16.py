@@ -9,9 +9,8 @@ from jdm.config import load_config
 from jdm.tracking import read_metrics
 from jdm.trainer import train
 
-ROUNDING = (
-    2**-8
-)  # the relative rounding error of bfloat16; a loss is a mean of many rounded numbers
+# The relative rounding error of bfloat16; a loss is a mean of many rounded numbers.
+ROUNDING = 2**-8
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,12 @@ def test_dynamic_scales_each_image_that_leaves_the_range_by_itself(images, scale
 dynamic = jax.jit(THRESHOLDS["dynamic"])
 
 
+def test_an_estimate_of_another_shape_is_an_error_and_not_broadcast():
+    diffusion = Diffusion(steps=20, schedule="cosine", prediction="eps", variance="fixed_small")
+    with pytest.raises(AssertionError, match="shape"):
+        walk(lambda x, t: Estimate(x[:, :1, :1]), diffusion, jnp.zeros((2, 4, 4, 1)), 5)
+
+
 def test_static_clips():
     images = jnp.linspace(-3, 3, 12).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(THRESHOLDS["static"](images), images.clip(-1, 1))

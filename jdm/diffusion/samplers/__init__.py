@@ -8,6 +8,7 @@ original diffusion, so that the network sees only values of t that it was traine
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,8 @@ def reverse(
     `timesteps`. method: its sampler, eta and threshold are used; where the threshold changes an
     estimate of x_0, eps is recomputed from it. trajectory: whether to return the estimates of x_0
     at each timestep, [steps, B, H, W, C].
+
+    Raises AssertionError where eps_fn returns another shape than that of x.
     """
     sampler, threshold = SAMPLERS[method.sampler], THRESHOLDS[method.threshold]
     steps = sampler.make(diffusion, method)
@@ -77,6 +80,7 @@ def reverse(
         time, at_r, at_t, at_s, predicted = inputs
         t = jnp.full(x.shape[:1], time)
         estimate = eps_fn(x, t)
+        chex.assert_equal_shape((x, estimate.eps))  # another shape would be broadcast
         x0 = diffusion.x0_of(estimate, x, t)
         if threshold is not None:
             x0 = threshold(x0)
