@@ -23,6 +23,12 @@ FIXTURES = SHARED / "fixtures"
 CACHE = ROOT / ".cache"
 JDM = Path(sys.executable).with_name("jdm")
 
+# Each of several workers keeps to one core: threads that wait for each other across workers cost
+# more than they gain.
+if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 # Before JAX is imported, and for the subprocesses of the tests too: compiled programs are kept
 # between runs, and data is prepared beside the checkout, not in the user's home.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
@@ -41,11 +47,12 @@ os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 # The files that take longest, in that order: they are started first, so that both workers end at
 # the same time, and `make check` leaves them out.
 SLOW = """
-test_digits_models test_parity test_cli test_trainer test_sample test_editing test_samplers
-test_runs test_trained test_convert test_sampler_order test_step test_extending test_model
-test_splits test_request test_config test_metrics test_pipeline test_evaluators test_augment
-test_pretrained test_reverse_step test_version_0 test_joint test_guidance test_unet test_heads
-test_checkpoint_failures test_guided_diffusion
+test_parity test_cli test_digits_models test_trained test_sample test_runs test_trainer test_convert
+test_numerics test_step test_bfloat16 test_editing test_samplers test_extending test_config
+test_model test_joint test_augment test_sampler_order test_guided_diffusion test_pretrained
+test_version_0 test_splits test_pipeline test_unet test_workdir test_checkpoint_failures
+test_class_names test_request test_metrics test_evaluators test_reverse_step test_guidance
+test_heads test_paths test_messages test_environment
 """.split()
 
 

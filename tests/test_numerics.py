@@ -27,7 +27,7 @@ FLAGS = {
     "jax_enable_custom_prng": True,
     "jax_debug_key_reuse": True,
 }
-DRAWS = list(FLAGS)[:3]  # those that change what is drawn are tried one by one too
+DRAWS = list(FLAGS)[1:3]  # those that change random bits are tried one by one too
 
 
 @pytest.fixture

@@ -27,10 +27,9 @@ for guidance in ("pixel", "representation"):
     away = options | dict(labels=np.arange(64) % 10, seeds=range(64), scale=-8.0)
     images[f"{guidance} away"] = jdm.sample(joint, **few, **away).images
 test = load_split("digits", "test")
-for strength in (0.6, 0.8):  # toward another digit
-    edited = test.images[64:128], (test.labels[64:128] + 3) % 10
-    options = dict(strength=strength, seeds=range(7000, 7064), batch_size=64)
-    images[f"edit {strength}"] = jdm.edit(joint, *edited, **options).images
+edited = test.images[64:128], (test.labels[64:128] + 3) % 10  # toward another digit
+options = dict(strength=0.6, seeds=range(7000, 7064), batch_size=64)
+images["edit"] = jdm.edit(joint, *edited, **options).images
 real = test.images[:16]
 noise = jdm.invert(joint, real, steps=100)
 images["back"] = jdm.sample(joint, noise=noise, steps=100, threshold="none").images
@@ -65,17 +64,15 @@ def test_a_hundred_steps_to_the_noise_and_back_keep_the_image(images):
     assert np.abs(images["back"].astype(float) - real).mean() < 2
 
 
-# Of 64 edits, a share of 0.88 is missed by 0.12 at three standard errors.
-@pytest.mark.parametrize(("strength", "least"), [(0.6, 0.74), (0.8, 0.88)])
-def test_an_edit_shows_its_label_and_no_longer_the_one_before(images, strength, least):
+# Of 64 edits, a share of 0.86 is missed by 0.12 at three standard errors.
+def test_an_edit_shows_its_label_and_no_longer_the_one_before(images):
     train, test = (load_split("digits", split) for split in ("train", "test"))
-    after, labels = images[f"edit {strength}"], test.labels[64:128]
-    classifiers = metrics.ReferenceClassifiers(*train)
-    assert min(classifiers.agreement(after, (labels + 3) % 10).values()) >= least
-    assert max(classifiers.agreement(after, labels).values()) <= 1 - least
+    classifiers, labels = metrics.ReferenceClassifiers(*train), test.labels[64:128]
+    assert min(classifiers.agreement(images["edit"], (labels + 3) % 10).values()) >= 0.74
+    assert max(classifiers.agreement(images["edit"], labels).values()) <= 0.26
 
 
 def test_an_edit_of_little_strength_is_nearer_to_its_image_than_to_others(images):
-    before, after = load_split("digits", "test").images[64:128], images["edit 0.6"].astype(float)
+    before, after = load_split("digits", "test").images[64:128], images["edit"].astype(float)
     own, other = (np.abs(after - x).mean() for x in (before, before[::-1]))
     assert own < 0.95 * other
