@@ -2,10 +2,11 @@
 
     python benchmarks/pretrained.py --workdir=runs/pretrained --write
 
-writes jdm/pretrained/digits, a work folder with one checkpoint: weights in half precision, and the
-config. Then it prints the metrics of that model. Without --write the folder is <workdir>/half, and
---steps sets another number of training steps. 1,200 (of the config) and 2,400 were compared, with
-one run each, and 2,400 was chosen (docs/results.md). No other setting was tuned.
+writes jdm/pretrained/digits, a work folder with one checkpoint: weights in half precision, the
+config, and what the data was. Then it prints the metrics of that model. Without --write the folder
+is <workdir>/half, and --steps sets another number of training steps. 1,200 (of the config) and
+2,400 were compared, with one run each, and 2,400 was chosen (docs/results.md). No other setting was
+tuned.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SEEDS = range(2_000_000, 2_000_500)
 
 
 def export(workdir: str | os.PathLike, folder: Path) -> None:
-    """Writes the newest checkpoint's EMA weights in float16, and its config, to a work folder.
+    """Writes the newest checkpoint's EMA weights in float16, its config and what it was trained on.
 
     folder: replaced if it exists; if the export fails, it is unchanged.
 
@@ -47,7 +48,7 @@ def export(workdir: str | os.PathLike, folder: Path) -> None:
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(half)):
         raise InvalidValue("workdir", str(workdir), "has a weight beyond the range of float16")
     with whole_folder(folder) as partial:
-        write_work_folder(partial, step, half, config_to_dict(joint.config))
+        write_work_folder(partial, step, half, config_to_dict(joint.config), joint.dataset)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -212,9 +212,13 @@ def from_file(
         write_work_folder(folder, 0, weights, settings)
 
 
-def write_work_folder(folder: Path, step: int, weights: Any, config: dict[str, Any]) -> None:
-    """Writes a checkpoint of weights and config only, and config.json. config: JSON values."""
-    checkpoint.save(folder, step, weights=weights, config=config, keep=1)
+def write_work_folder(
+    folder: Path, step: int, weights: Any, config: dict[str, Any], dataset: Any = None
+) -> None:
+    """Writes a checkpoint without a training state, and config.json. config: JSON values. dataset:
+    what the model was trained on, see `data.identity`, where that is known."""
+    data = {"dataset": dataset} if dataset else None
+    checkpoint.save(folder, step, weights=weights, config=config, data=data, keep=1)
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -19,7 +19,8 @@ import jdm
 from jdm import checkpoint, cli
 from jdm.analysis.metrics import ReferenceClassifiers
 from jdm.config import config_from_dict, load_config
-from jdm.data.splits import load_split
+from jdm.data.identity import differences, identity
+from jdm.data.splits import ReadOptions, load_split
 from jdm.pretrained import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def test_it_is_small_undamaged_and_has_weights_and_config_only():
     assert sum(path.stat().st_size for path in files(FOLDER).values()) < 3_000_000
     (step,) = checkpoint.steps(FOLDER)
     checkpoint.verify(FOLDER, step)
-    assert checkpoint.items(FOLDER, step) == {"weights", "config"}
+    assert checkpoint.items(FOLDER, step) == {"weights", "config", "data"}
 
 
 def test_the_wheel_has_all_of_its_files():
@@ -93,6 +94,11 @@ def test_weights_are_the_stored_ones_in_float32(joint):
     )
     stored = checkpoint.restore(FOLDER, step, weights=half)["weights"]
     chex.assert_trees_all_equal(joint.weights, jax.tree.map(np.float32, stored))
+
+
+def test_it_knows_its_classes_and_the_data_it_was_trained_on(joint):
+    assert joint.class_names == tuple("0123456789")
+    assert differences(joint.dataset, identity("digits", ReadOptions())) == []
 
 
 def test_accuracy(joint):

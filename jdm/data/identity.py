@@ -2,10 +2,11 @@
 
 A checkpoint keeps this description, so that a model knows the names of its classes, and so that
 other data of the same size is noticed when a run is resumed or a model evaluated. It depends on the
-images and labels alone: a copy of a data set, on any machine, has the same description.
+images and labels alone: a copy of a data set, prepared on any machine, has the same description.
 """
 
 import hashlib
+import io
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,7 +42,9 @@ def identity(name: str, options: ReadOptions, splits: Iterable[str] = ()) -> dic
         names = records.class_names
         found["class_names"] = [names[k] for k in options.classes or range(len(names))]
         found["splits"][split] = len(records)
-        found["contents"][split] = _contents(cache_folder(records, split, options, "hash"), records)
+        found["contents"][split] = _contents(
+            cache_folder(records, split, options, "contents"), records
+        )
     return found
 
 
@@ -102,8 +105,9 @@ def _contents(folder: Path, records: Records) -> str:
         digest = hashlib.sha256()
         # disable=None hides the bar where there is no terminal.
         for one in tqdm(records, "reading", len(records), unit=" images", disable=None):
-            digest.update(len(one["image"]).to_bytes(8, "little"))
-            digest.update(one["image"])
+            image = _content(one["image"])
+            digest.update(len(image).to_bytes(8, "little"))
+            digest.update(image)
             digest.update(one["label"].tobytes())
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -113,3 +117,15 @@ def _contents(folder: Path, records: Records) -> str:
             if not folder.exists():  # otherwise another process has written the same file
                 raise
     return path.read_text()
+
+
+def _content(encoded: bytes) -> bytes:
+    """What is hashed of an encoded image: of a grey or RGB PNG its pixels, which do not depend on
+    the version of the encoder; of another file its bytes, since decoders of JPEG differ."""
+    from PIL import Image
+
+    if encoded.startswith(b"\x89PNG"):
+        image = Image.open(io.BytesIO(encoded))
+        if image.mode in ("L", "RGB"):
+            return f"{image.mode} {image.size} ".encode() + image.tobytes()
+    return encoded
