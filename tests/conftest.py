@@ -23,12 +23,6 @@ FIXTURES = SHARED / "fixtures"
 CACHE = ROOT / ".cache"
 JDM = Path(sys.executable).with_name("jdm")
 
-# Each of several workers keeps to one core: threads that wait for each other across workers cost
-# more than they gain.
-if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 # Before JAX is imported, and for the subprocesses of the tests too: compiled programs are kept
 # between runs, and data is prepared beside the checkout, not in the user's home.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
