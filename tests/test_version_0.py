@@ -17,7 +17,6 @@ import pytest
 import jdm
 from jdm import checkpoint, trainer
 from jdm.config import load_config
-from jdm.pretrained import PRETRAINED
 from jdm.tracking import read_metrics
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0"
@@ -46,12 +45,6 @@ def test_a_work_folder_of_version_0_loads(workdir):
     assert config.exec.accumulate == 2
     assert config.loss.terms == ("diffusion", "classifier")
     assert config == load_config("tiny", [*FLAGS, "--config.train.steps=2"])
-
-
-def test_the_packaged_model_of_version_0_loads():
-    (step,) = checkpoint.steps(PRETRAINED["digits"])
-    assert "version" not in checkpoint.read_config(PRETRAINED["digits"], step)
-    assert jdm.load("digits").config.version == 1
 
 
 def test_a_run_of_version_0_resumes_with_the_same_losses(workdir):
