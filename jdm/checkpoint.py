@@ -13,9 +13,9 @@ Owns `<workdir>/checkpoints/` and everything in it:
 
 Two promises. A step has its final name only when it is complete: its files are written to another
 folder, read back (the names, shapes and dtypes of all arrays, not their values), synced, and
-renamed once. (Object stores rename file by file; there the checksums show
-whether all files have arrived.) And only what was saved is restored: Orbax does not notice a
-flipped bit, so files are compared with their checksums first.
+renamed once. (Object stores rename file by file; there the checksums show whether all files have
+arrived.) And only what was saved is restored: Orbax does not notice a flipped bit, so files are
+compared with their checksums first.
 
 Does not own what the trees hold, when to save, the other files of the work folder, or where arrays
 are placed: the caller's abstract targets carry the shardings. One job at a time writes to a work
@@ -27,7 +27,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from jaxtyping import PyTree
 
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import read_json
+from jdm.messages import STDOUT, say
 from jdm.orbax import HANDLERS, checkpointer, literal, quiet
 from jdm.step_files import ASIDE, CHECKSUMS, PARTIAL, files_of, free, sweep, sweep_failed, walk
 from jdm.trees import differences, leaves
@@ -130,11 +131,11 @@ def newest(workdir: epath.PathLike) -> int:
     return found[-1]
 
 
-def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) -> int | None:
+def newest_whole(workdir: epath.PathLike) -> int | None:
     """The highest step that passes `verify`, which training resumes from; None of a new folder.
 
     Damaged steps above it are set aside: renamed to `<step>.bad` (or `<step>.bad-2`, ..., if that
-    name is taken) and reported through `log`, one line each.
+    name is taken), each with a line that says so.
 
     Raises CheckpointError, and renames nothing, where there are steps and none is whole: a run
     never starts again from the beginning where it has been further.
@@ -155,7 +156,7 @@ def newest_whole(workdir: epath.PathLike, *, log: Callable[[str], Any] = print) 
         for step, why in damaged.items() if found >= 0 else ():
             bad = free(folder / f"{step}.bad")
             (folder / str(step)).rename(bad)
-            log(f"set aside a damaged checkpoint as {bad}: {why}")
+            say(f"set aside a damaged checkpoint as {bad}: {why}", STDOUT)
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == -2:
         first = f" ({next(iter(damaged.values()))})" if damaged else ""
@@ -231,9 +232,13 @@ def stored_config(workdir: epath.PathLike) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def read_data(workdir: epath.PathLike, step: int) -> Any:
-    """The saved position of the input pipeline. Raises CheckpointError as `restore` does."""
-    return _read(workdir, step, {"data": None})["data"]
+def read_data(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+    """The saved position of the input pipeline, and what the data was. Raises CheckpointError as
+    `restore` does."""
+    found = _read(workdir, step, {"data": None})["data"]
+    if not isinstance(found, dict):
+        raise CheckpointError(f"step {step} of {workdir} holds no position in the data: {found!r}")
+    return found
 
 
 def _read(

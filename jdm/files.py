@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import json
 import os
-import pwd
 import re
 import shutil
 import socket
@@ -122,6 +121,8 @@ def local_path(parameter: str, path: str | os.PathLike) -> str:
 def home() -> Path | None:
     """The user's home folder; None where there is none. An empty $HOME, like every variable of the
     environment that jdm reads, counts as not set."""
+    import pwd  # not on every system that can sample
+
     try:
         return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
     except KeyError:  # a container may run under a number that is no user's

@@ -306,8 +306,8 @@ def resume(
         say(f"resuming from step {step} of {workdir}", STDOUT)
         items = checkpoint.restore(workdir, step, **_trees(run.state))
         position = checkpoint.read_data(workdir, step)
-        if not (isinstance(position, dict) and isinstance(position.get("next_index"), int)):
-            said = f"holds no position in the data, but {position!r}"
+        if not isinstance(position.get("next_index"), int):
+            said = f"holds no position in the data: {position!r}"
             raise checkpoint.CheckpointError(f"step {step} of {workdir} {said}")
         batches.set_state(position, other_data=other_data)
         return TrainState(ema=items["weights"], **items["train_state"])

@@ -270,20 +270,20 @@ def test_truncated_and_missing_files(copy):
         checkpoint.verify(copy, 7)
 
 
-def test_newest_whole_sets_damaged_steps_aside(copy):
+def test_newest_whole_sets_damaged_steps_aside(copy, capsys):
     folder = copy / "checkpoints"
     for step in (8, 9):
         shutil.copytree(folder / "7", folder / str(step))
     flip(folder / "9" / "weights" / "manifest.ocdbt")
     (folder / "8" / "checksums.json").unlink()
     (folder / "9.bad").mkdir()  # set aside earlier
-    lines = []
-    assert checkpoint.newest_whole(copy, log=lines.append) == 7
+    assert checkpoint.newest_whole(copy) == 7
+    lines = capsys.readouterr().out.splitlines()
     assert names(copy) == ["7", "8.bad", "9.bad", "9.bad-2"]
     assert (folder / "9.bad-2" / "weights").is_dir()
     assert re.search("9.bad-2: .*manifest.ocdbt is damaged", lines[0])
     assert re.search("8.bad: .*checksums.json is missing", lines[1])
-    assert checkpoint.newest_whole(copy, log=lines.append) == 7 and len(lines) == 2
+    assert checkpoint.newest_whole(copy) == 7 and capsys.readouterr().out == "" and len(lines) == 2
 
 
 @pytest.mark.parametrize("aside", [False, True])

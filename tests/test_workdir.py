@@ -115,11 +115,12 @@ def test_a_byte_order_mark_is_no_damage(workdir, run):
     assert "trained already" in run("train", "--config=tiny", f"--workdir={workdir}").stdout
 
 
-def test_a_position_that_is_none_is_one_sentence(workdir):
+@pytest.mark.parametrize("held", [{"epoch": 1}, [1]])
+def test_a_position_that_is_none_is_one_sentence(workdir, held):
     for step in (2, 4):
-        rewrite(workdir, step, "data", lambda _: {"epoch": 1})
+        rewrite(workdir, step, "data", lambda _: held)
     config = load_config("tiny", ["--config.train.steps=8"])
-    said = rf"step 4 of {workdir} holds no position in the data, but {{'epoch': 1}}"
+    said = re.escape(f"step 4 of {workdir} holds no position in the data: {held}")
     with pytest.raises(checkpoint.CheckpointError, match=said):
         trainer.train(config, workdir)
 

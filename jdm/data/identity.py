@@ -20,6 +20,7 @@ from jdm.data.records import Records
 from jdm.data.splits import ReadOptions, cache_folder, stored_split
 from jdm.errors import InvalidValue
 from jdm.files import whole_folder
+from jdm.messages import STDERR
 
 Identity = Mapping[str, Any]  # JSON: see `identity`
 SHOWN = 3  # differences that an error lists
@@ -104,7 +105,8 @@ def _contents(folder: Path, records: Records) -> str:
     if not folder.exists():
         digest = hashlib.sha256()
         # disable=None hides the bar where there is no terminal.
-        for one in tqdm(records, "reading", len(records), unit=" images", disable=None):
+        shown = dict(desc="reading", unit=" images", file=STDERR, disable=None)
+        for one in tqdm(records, total=len(records), **shown):
             image = _content(one["image"])
             digest.update(len(image).to_bytes(8, "little"))
             digest.update(image)

@@ -133,9 +133,8 @@ def check_main_guard(workers: int) -> None:
         for frame, _ in traceback.walk_stack(None)
         if frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"
     ]
-    imported = not getattr(main.__spec__, "name", "").endswith(
-        "__main__"
-    )  # of python -m, it is not
+    module = getattr(main.__spec__, "name", "")
+    imported = not module.endswith("__main__")  # python -m package: workers do not run it again
     source = "".join(linecache.getlines(getattr(main, "__file__", None) or ""))
     if not (workers and running and imported and source):
         return
