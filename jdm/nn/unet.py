@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
+from jdm.nn.layers import LECUN_NORMAL, ZEROS, Conv, Dense, GroupNorm
 
 
 class Features(NamedTuple):
@@ -60,7 +61,7 @@ def time_embedding(t: Times, width: int) -> Float[Array, "b width"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class GroupNorm(nn.Module):
+class Norm(nn.Module):
     """GroupNorm in float32, with the largest number of groups ≤ 32 that divides the channels."""
 
     dtype: jnp.dtype
@@ -69,14 +70,12 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         channels = x.shape[-1]
         groups = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
-        norm = nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=jnp.float32, name="norm")
-        return norm(x).astype(self.dtype)
+        return GroupNorm(groups, epsilon=1e-5, name="norm")(x).astype(self.dtype)
 
 
-def conv3x3(channels: int, dtype, *, stride: int = 1, zero: bool = False, name=None) -> nn.Conv:
+def conv3x3(channels: int, dtype, *, stride: int = 1, zero: bool = False, name=None) -> Conv:
     """3×3 convolution, padded by 1 on every side at any stride. zero: the kernel starts as 0."""
-    init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
-    return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=init, dtype=dtype, name=name)
+    return Conv(channels, 3, dtype, stride, ZEROS if zero else LECUN_NORMAL, name=name)
 
 
 RESIZES = {
@@ -129,18 +128,18 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding, train: bool):
         resize = RESIZES[self.resize]
-        h = resize(nn.silu(GroupNorm(self.dtype, name="norm_in")(x)))
+        h = resize(nn.silu(Norm(self.dtype, name="norm_in")(x)))
         h = conv3x3(self.channels, self.dtype, name="conv_in")(h)
         count, conditioned = TIME_CONDITIONINGS[self.conditioning]
         width = count * self.channels
-        modulation = nn.Dense(width, dtype=self.dtype, name="time")(nn.silu(embedding))
+        modulation = Dense(width, self.dtype, name="time")(nn.silu(embedding))
         numbers = jnp.split(modulation[:, None, None, :], count, axis=-1)
-        h = nn.silu(conditioned(GroupNorm(self.dtype, name="norm_out"), h, *numbers))
+        h = nn.silu(conditioned(Norm(self.dtype, name="norm_out"), h, *numbers))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.channels, self.dtype, zero=True, name="conv_out")(h)
         x = resize(x)
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
+            x = Conv(self.channels, 1, self.dtype, name="shortcut")(x)
         return x + h
 
 
@@ -168,7 +167,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         b, height, width, c = x.shape
         d = c // self.heads
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
+        qkv = Dense(3 * c, self.dtype, name="qkv")(Norm(self.dtype, name="norm")(x))
         shape, axis = ATTENTION_ORDERS[self.order](self.heads, d)
         q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, *shape), axis, 0)
         # Scaling both before the product keeps it in range in half precision.
@@ -176,8 +175,7 @@ class Attention(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
         weights = jax.nn.softmax(scores).astype(self.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        init = nn.initializers.zeros
-        return x + nn.Dense(c, kernel_init=init, dtype=self.dtype, name="project")(out)
+        return x + Dense(c, self.dtype, ZEROS, name="project")(out)
 
 
 class Block(nn.Module):
@@ -196,7 +194,8 @@ class Block(nn.Module):
         block = (self.channels, self.dropout, self.dtype, "none", self.conditioning)
         x = ResBlock(*block, name="residual")(x, embedding, train)
         if self.attention:
-            x = Attention(self.heads, self.dtype, self.order, name="attention")(x)
+            attention = Attention(self.heads, self.dtype, self.order, name="attention")
+            x = attention(x)
         return x
 
 
@@ -242,8 +241,8 @@ class UNet(nn.Module):
             fields = widths[level], self.dropout, self.dtype, resize, self.time_conditioning
             return remat(RESAMPLES[self.resample])(*fields)
 
-        self.time_in = nn.Dense(4 * self.channels, dtype=self.dtype)
-        self.time_out = nn.Dense(4 * self.channels, dtype=self.dtype)
+        self.time_in = Dense(4 * self.channels, self.dtype)
+        self.time_out = Dense(4 * self.channels, self.dtype)
         self.stem = conv3x3(widths[0], self.dtype)
         self.encoder = [level_blocks(level, self.blocks) for level in range(last + 1)]
         self.down = [resample(level, "down") for level in range(last)]
@@ -251,7 +250,7 @@ class UNet(nn.Module):
         self.mid_out = block(last, attends=False)
         self.decoder = [level_blocks(level, self.blocks + 1) for level in range(last + 1)]
         self.up = [resample(level, "up") for level in range(1, last + 1)]
-        self.norm = GroupNorm(self.dtype)
+        self.norm = Norm(self.dtype)
         self.out = conv3x3(self.out_channels, self.dtype, zero=True)
 
     def embed(self, t: Times) -> Float[Array, "b d"]:

@@ -13,7 +13,7 @@ from jdm.nn.unet import (
     RESIZES,
     Attention,
     Features,
-    GroupNorm,
+    Norm,
     UNet,
     conv3x3,
     level_sizes,
@@ -87,9 +87,9 @@ def random_params(module, x) -> dict:
 
 @jax.jit
 def group_norm(x):
-    """GroupNorm as it starts, with scale 1 and shift 0."""
+    """Norm as it starts, with scale 1 and shift 0."""
     ones = jnp.ones(x.shape[-1])
-    return GroupNorm(FLOAT).apply({"params": {"norm": {"scale": ones, "bias": 0 * ones}}}, x)
+    return Norm(FLOAT).apply({"params": {"norm": {"scale": ones, "bias": 0 * ones}}}, x)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_attention_is_softmax_of_scaled_products():
     x = noise(0, 1, 2, 2, 4)
     module = Attention(1, FLOAT)
     params = random_params(module, x)
-    h = jax.jit(GroupNorm(FLOAT).apply)({"params": unflatten_dict(params)["norm"]}, x)
+    h = jax.jit(Norm(FLOAT).apply)({"params": unflatten_dict(params)["norm"]}, x)
     h = np.asarray(h, np.float64).reshape(4, 4)
     q, k, v = np.split(h @ params["qkv", "kernel"] + params["qkv", "bias"], 3, axis=1)
     weights = np.exp(q @ k.T / np.sqrt(4))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jdm.arrays import Times
+from jdm.nn.layers import Dense, LayerNorm
 from jdm.nn.unet import Features
 
 
@@ -23,12 +24,12 @@ class NormalisedHead(nn.Module):
     def __call__(
         self, features: Features, t: Times, embedding: Float[Array, "b d"], train: bool
     ) -> Float[Array, "b k"]:
-        h = jnp.concatenate([nn.LayerNorm()(z) for z in features.means()], axis=-1)
-        h = nn.Dense(self.width, name="in")(h)
-        h = h + nn.Dense(self.width, name="time")(nn.silu(embedding.astype(jnp.float32)))
-        h = nn.silu(nn.LayerNorm(name="norm")(h))
+        h = jnp.concatenate([LayerNorm()(z) for z in features.means()], axis=-1)
+        h = Dense(self.width, name="in")(h)
+        h = h + Dense(self.width, name="time")(nn.silu(embedding.astype(jnp.float32)))
+        h = nn.silu(LayerNorm(name="norm")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Dense(self.num_classes, name="out")(h)
+        return Dense(self.num_classes, name="out")(h)
 
 
 HEAD = NormalisedHead

@@ -7,10 +7,11 @@ from jaxtyping import Array, Float
 
 from jdm.arrays import Times
 from jdm.errors import InvalidValue
+from jdm.nn.layers import ONES, ZEROS, Dense, Layer
 from jdm.nn.unet import Features
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Layer):
     """PyTorch's BatchNorm1d, over the batch of all devices.
 
     x: [B, D]. In training it normalises by the mean and the biased variance of the batch, and moves
@@ -25,8 +26,8 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
         variance = self.variable("batch_stats", "var", jnp.ones, (width,))
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        scale = self.param("scale", nn.initializers.ones, (width,))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
+        scale = self.weight("scale", ONES, (width,))
+        bias = self.weight("bias", ZEROS, (width,))
         used = (mean.value, variance.value)
         if train:
             if rows < 2:
@@ -62,10 +63,10 @@ class PublishedHead(nn.Module):
         h = jnp.concatenate([*features.means(), t.astype(jnp.float32)[:, None]], axis=-1)
         hidden = (h.shape[-1] - 1) // 2
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = nn.Dense(hidden, name="in")(BatchNorm(name="norm_in")(h, train))
+        h = Dense(hidden, name="in")(BatchNorm(name="norm_in")(h, train))
         h = nn.leaky_relu(h, 0.01)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Dense(self.num_classes, name="out")(BatchNorm(name="norm_out")(h, train))
+        return Dense(self.num_classes, name="out")(BatchNorm(name="norm_out")(h, train))
 
 
 HEAD = PublishedHead
