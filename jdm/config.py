@@ -30,7 +30,11 @@ MOVED = {
     "train.accumulate": "exec.accumulate",
 }
 # Keys that were added since version 1, with the value that they had before.
-ADDED: dict[str, Any] = {"model.head_channels": 0, "model.time_conditioning": "scale_shift"}
+ADDED: dict[str, Any] = {
+    "model.head_channels": 0,
+    "model.time_conditioning": "scale_shift",
+    "exec.attention": "auto",  # was "xla"; they differ by rounding errors
+}
 # Version 0 had a single name in loss.terms: {old name: terms}. Its other names were those of terms.
 TERMS_0 = {"joint": ("diffusion", "classifier")}
 

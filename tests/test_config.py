@@ -387,7 +387,9 @@ def test_a_config_of_version_0_is_migrated():
     for old, new in config.TERMS_0.items():
         values["loss"]["terms"] = old
         found = config_from_dict(json.loads(json.dumps(values)))
-        assert found.exec.to_dict() == dict(dtype="bfloat16", remat=True, accumulate=2)
+        assert found.exec.to_dict() == dict(
+            dtype="bfloat16", remat=True, accumulate=2, attention="auto"
+        )
         assert found.loss.terms == new and found.version == base.VERSION
         assert found.eval.metrics == ("classification",)
 

@@ -105,6 +105,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
     ),
     exec=dict(
         dtype=_resumable("float32", "of the computation; weights are float32", names=names.DTYPES),
+        attention=_resumable(
+            "auto", "implementation; see jdm.nn.attention", names=names.ATTENTIONS
+        ),
         remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
         accumulate=_resumable(
             1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
+from jdm.nn.attention import ATTENTIONS
 from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.unet import (
     ATTENTION_ORDERS,
@@ -29,13 +30,14 @@ Logits = Float[Array, "b k"]  # float32
 
 # The fields that the model and its UNet share.
 UNET = "image_size channels multipliers blocks attention heads head_channels dropout".split()
-UNET += "resample time_conditioning attention_order remat".split()
+UNET += "resample time_conditioning attention_order attention_implementation remat".split()
 
 
 class JointModel(nn.Module):
     """A UNet diffusion model and a classifier that share the UNet's encoder.
 
-    The fields are the keys of config.model, and dtype and remat of config.exec (see `make_model`).
+    The fields are the keys of config.model, and of config.exec dtype, attention and remat (see
+    `make_model`).
     Images are [B, S, S, C] with S = image_size and C = image_channels; t is int32 [B] in [0, T).
     K = num_classes: the logits are those of one class among K, or with multi_label of K independent
     attributes. Parameters are float32, whatever the dtype of the computation. `classify` updates
@@ -64,6 +66,7 @@ class JointModel(nn.Module):
     head_width: int
     head_dropout: float
     dtype: str
+    attention_implementation: str
     remat: bool
 
     def setup(self):
@@ -99,7 +102,8 @@ class JointModel(nn.Module):
 
 def make_model(model: ConfigDict, exec: ConfigDict) -> JointModel:
     """The model of a config's sections `model` (what it is) and `exec` (how it is computed)."""
-    return JointModel(**model, dtype=exec["dtype"], remat=exec["remat"])
+    how = dict(dtype=exec["dtype"], attention_implementation=exec["attention"], remat=exec["remat"])
+    return JointModel(**model, **how)
 
 
 def example_inputs(model: JointModel) -> tuple[Float[Array, "1 s s c"], Int[Array, "1"]]:
@@ -131,3 +135,4 @@ def check_shape(model: JointModel) -> None:
     names.check_name("config.model.head", model.head, HEADS)
     names.check_name("config.model.head_time", model.head_time, HEAD_TIMES)
     names.check_name("config.exec.dtype", model.dtype, names.DTYPES)
+    names.check_name("config.exec.attention", model.attention_implementation, ATTENTIONS)

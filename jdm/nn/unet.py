@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
+from jdm.nn.attention import ATTENTIONS
 from jdm.nn.layers import LECUN_NORMAL, ZEROS, Conv, Dense, GroupNorm
 
 
@@ -157,11 +157,15 @@ ATTENTION_ORDERS = names.ATTENTION_ORDERS.records(
 
 
 class Attention(nn.Module):
-    """Residual self-attention over positions. order: one of ATTENTION_ORDERS."""
+    """Residual self-attention over positions. order: one of ATTENTION_ORDERS.
+
+    implementation: one of jdm.nn.attention.ATTENTIONS.
+    """
 
     heads: int
     dtype: jnp.dtype
     order: str = "head_first"
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x):
@@ -170,11 +174,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * c, self.dtype, name="qkv")(Norm(self.dtype, name="norm")(x))
         shape, axis = ATTENTION_ORDERS[self.order](self.heads, d)
         q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, *shape), axis, 0)
-        # Scaling both before the product keeps it in range in half precision.
-        q, k = q * d**-0.25, k * d**-0.25
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
-        weights = jax.nn.softmax(scores).astype(self.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        out = ATTENTIONS[self.implementation](q, k, v).reshape(x.shape)
         return x + Dense(c, self.dtype, ZEROS, name="project")(out)
 
 
@@ -187,6 +187,7 @@ class Block(nn.Module):
     heads: int = 1
     attention: bool = False
     order: str = "head_first"
+    attention_implementation: str = "auto"
     conditioning: str = "scale_shift"
 
     @nn.compact
@@ -194,7 +195,9 @@ class Block(nn.Module):
         block = (self.channels, self.dropout, self.dtype, "none", self.conditioning)
         x = ResBlock(*block, name="residual")(x, embedding, train)
         if self.attention:
-            attention = Attention(self.heads, self.dtype, self.order, name="attention")
+            attention = Attention(
+                self.heads, self.dtype, self.order, self.attention_implementation, name="attention"
+            )
             x = attention(x)
         return x
 
@@ -219,6 +222,7 @@ class UNet(nn.Module):
     resample: str = "conv"
     time_conditioning: str = "scale_shift"
     attention_order: str = "head_first"
+    attention_implementation: str = "auto"
     remat: bool = False
 
     def setup(self):
@@ -231,7 +235,7 @@ class UNet(nn.Module):
         def block(level, attends):
             width = widths[level]
             heads = width // self.head_channels if self.head_channels else self.heads
-            attention = heads, attends, self.attention_order
+            attention = heads, attends, self.attention_order, self.attention_implementation
             return remat(Block)(width, self.dropout, self.dtype, *attention, self.time_conditioning)
 
         def level_blocks(level, count):

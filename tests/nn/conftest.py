@@ -19,7 +19,12 @@ def tiny_model():
 
     @functools.cache
     def make(**changes) -> JointModel:
-        fields = {**base.get_config().model, "dtype": "float32", "remat": False}
+        fields = {
+            **base.get_config().model,
+            "dtype": "float32",
+            "attention_implementation": "auto",
+            "remat": False,
+        }
         return JointModel(**{**fields, **SMALL, "head_width": 16, **changes})
 
     return make

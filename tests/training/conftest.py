@@ -98,7 +98,9 @@ SEEN = []  # what the encoder was given, in order
 CALLED = []  # what else was called
 DECODED = []  # what was decoded last
 DIFFUSION = Diffusion(50)
-FIELDS = dict(**base.get_config().model, dtype="float32", remat=False)
+FIELDS = dict(
+    **base.get_config().model, dtype="float32", attention_implementation="auto", remat=False
+)
 MODEL = Toy(**FIELDS)
 PARAMS = {
     "raw": jnp.zeros(1),

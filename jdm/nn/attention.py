@@ -1,0 +1,120 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, equation 1), in several implementations.
+
+For each image and head, softmax(q kᵀ / sqrt(d)) v over P positions with d channels. All
+implementations compute the same up to rounding; they differ in speed and memory:
+
+xla      all B · H score matrices [P, P] at once. The derivative keeps them.
+chunked  the score matrix of one image and head at a time, in parts of at most MOST_QUERIES rows.
+         None is kept: the derivative computes them again (as in Dao et al. 2022,
+         "FlashAttention"). The memory is linear in P.
+auto     chunked on a CPU from LARGE positions on, xla otherwise.
+
+On a CPU chunked is faster for many positions, since the matrix of one head fits in the cache, and
+slower for few (docs/performance.md). On GPUs and TPUs neither was measured.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jdm import names
+
+Heads = Float[Array, "b p h d"]
+
+MOST_QUERIES = 1024
+LARGE = 128
+
+
+def xla(q: Heads, k: Heads, v: Heads) -> Heads:
+    # Scaling both before the product keeps it in range in half precision.
+    scale = q.shape[-1] ** -0.25
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k * scale).astype(jnp.float32)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+@jax.custom_vjp
+def chunked(q: Heads, k: Heads, v: Heads) -> Heads:
+    return _forward(q, k, v)[0]
+
+
+def _forward(q, k, v):
+    """(the output, the logarithm of the sum of exponentials of each row of scores)."""
+
+    def of_head(head):
+        queries, k, v = head
+
+        def of_part(q):
+            scores = _scores(q, k)
+            top = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            out = (weights.astype(v.dtype) @ v) / total.astype(v.dtype)
+            return out, top + jnp.log(total)
+
+        return jax.lax.map(of_part, queries)
+
+    out, log_sums = jax.lax.map(of_head, (_parts(q), _heads(k), _heads(v)))
+    return _joined(out, q), (q, k, v, out, log_sums)
+
+
+def _backward(kept, gradient):
+    """With P = softmax of the scores and D = diag(P dPᵀ): dV = Pᵀ dO, dP = dO Vᵀ, dS = P (dP - D),
+    dQ = dS K, dK = dSᵀ Q (Dao et al. 2022, algorithm 4)."""
+    q, k, v, out, log_sums = kept
+    scale = q.shape[-1] ** -0.5
+
+    def of_head(head):
+        k, v, *parts = head
+
+        def of_part(sums, part):
+            q, out, log_sums, gradient = part
+            weights = jnp.exp(_scores(q, k) - log_sums)
+            d = (out * gradient).astype(jnp.float32).sum(axis=-1, keepdims=True)
+            errors = weights * ((gradient @ v.T).astype(jnp.float32) - d) * scale
+            weights, errors = weights.astype(v.dtype), errors.astype(q.dtype)
+            more = errors.T @ q, weights.T @ gradient
+            return jax.tree.map(jnp.add, sums, more), errors @ k
+
+        (dk, dv), dq = jax.lax.scan(of_part, (jnp.zeros_like(k), jnp.zeros_like(v)), parts)
+        return dq, dk, dv
+
+    each = _heads(k), _heads(v), _parts(q), out, log_sums, _parts(gradient)
+    dq, dk, dv = jax.lax.map(of_head, each)
+    return _joined(dq, q), _joined(dk, k), _joined(dv, v)
+
+
+chunked.defvjp(_forward, _backward)
+
+
+def _scores(q: Float[Array, "q d"], k: Float[Array, "p d"]) -> Float[Array, "q p"]:
+    scale = q.shape[-1] ** -0.25
+    return ((q * scale) @ (k * scale).T).astype(jnp.float32)
+
+
+def _heads(x: Heads) -> Float[Array, "bh p d"]:
+    return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _parts(x: Heads) -> Float[Array, "bh parts q d"]:
+    """The heads, split into parts of the same number of positions, at most MOST_QUERIES."""
+    positions, width = x.shape[1], x.shape[3]
+    size = max(n for n in range(1, min(positions, MOST_QUERIES) + 1) if positions % n == 0)
+    return _heads(x).reshape(-1, positions // size, size, width)
+
+
+def _joined(x: Float[Array, "bh ... d"], like: Heads) -> Heads:
+    b, positions, heads, width = like.shape
+    return jnp.moveaxis(x.reshape(b, heads, positions, width), 1, 2)
+
+
+def auto(q: Heads, k: Heads, v: Heads) -> Heads:
+    large = jax.default_backend() == "cpu" and q.shape[1] >= LARGE
+    return (chunked if large else xla)(q, k, v)
+
+
+# config.exec.attention: (q, k, v), each [B, P, H, d] -> [B, P, H, d].
+ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads], Heads]] = names.ATTENTIONS.records(
+    auto=auto, xla=xla, chunked=chunked
+)

@@ -1,0 +1,72 @@
+"""Every implementation of attention computes the same outputs and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdm.nn import attention
+from jdm.nn.attention import ATTENTIONS
+
+
+def inputs(positions, dtype="float32", batch=2, heads=2, width=4):
+    rng = np.random.default_rng(0)
+    shape = (3, batch, positions, heads, width)
+    return jnp.asarray(2 * rng.normal(size=shape), dtype)
+
+
+def by_hand(q, k, v):
+    """softmax(q kᵀ / sqrt(d)) v in float64, one image and head after the other."""
+    out = np.empty(q.shape)
+    for image in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            q1, k1, v1 = (np.asarray(x, np.float64)[image, :, head] for x in (q, k, v))
+            scores = q1 @ k1.T / np.sqrt(q1.shape[-1])
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[image, :, head] = weights @ v1 / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+@pytest.fixture(params=ATTENTIONS)
+def attend(request, monkeypatch):
+    monkeypatch.setattr(attention, "MOST_QUERIES", 6)  # so that few positions need several parts
+    monkeypatch.setattr(attention, "LARGE", 8)
+    return ATTENTIONS[request.param]
+
+
+@pytest.mark.parametrize("positions", [1, 4, 16, 18])
+def test_outputs_are_those_of_the_definition(attend, positions):
+    q, k, v = inputs(positions)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v), by_hand(q, k, v), atol=1e-5)
+
+
+def test_large_scores_do_not_overflow(attend):
+    q, k, v = inputs(16)
+    np.testing.assert_allclose(attend(9 * q, 9 * k, v), by_hand(9 * q, 9 * k, v), atol=1e-3)
+
+
+def test_gradients_are_those_of_the_plain_implementation(attend):
+    x = inputs(18)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=x[0].shape), jnp.float32)
+
+    def gradient(attend):
+        return jax.jit(jax.grad(lambda x: (weights * attend(*x) ** 2).sum()))(x)
+
+    expected = gradient(attention.xla)
+    np.testing.assert_allclose(gradient(attend), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_half_precision_is_near(attend):
+    x = inputs(18)
+    found = attend(*x.astype(jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), by_hand(*x), atol=0.1)
+
+
+def test_no_score_matrix_is_kept_for_the_gradient():
+    """What the derivative keeps is linear in the number of positions."""
+    kept = [
+        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(attention._forward, *x)[1]))
+        for x in (inputs(256), inputs(512))
+    ]
+    assert kept[1] == 2 * kept[0]
