@@ -31,10 +31,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Tiny models run for milliseconds and compile for seconds: without optimisation, and with XLA's
 # older code generator for fused operations, in a quarter of the time. Trained models are made in
-# processes of their own, at the level that runs as fast as any and compiles faster.
+# processes of their own, at the level that runs as fast as any and compiles faster. A program is
+# compiled in one piece, since the other core has work of its own.
 TINY, TRAINED = "--xla_backend_optimization_level=0", "--xla_backend_optimization_level=1"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones have no such choice
     TINY += " --xla_cpu_use_fusion_emitters=false"
+TINY, TRAINED = (f"{flags} --xla_cpu_parallel_codegen_split_count=1" for flags in (TINY, TRAINED))
 GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(TINY, "").strip()  # a worker has TINY already
 os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 

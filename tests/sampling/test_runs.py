@@ -21,7 +21,7 @@ from jdm.sampling.request import check_request
 from jdm.sampling.samples import differences
 
 JDM = Path(sys.executable).with_name("jdm")
-REQUEST = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=4", "--batch_size=32")
+REQUEST = ("--seeds=0-599", "--labels=0-9", "--guidance=pixel", "--steps=2", "--batch_size=32")
 
 
 def command(tiny, out, *flags):
@@ -36,7 +36,7 @@ def parts(out: Path) -> list[Path]:
 def whole(joint):
     """What 600 images look like without any interruption."""
     labels = np.arange(600) % 10
-    return jdm.sample(joint, labels=labels, guidance="pixel", steps=4, batch_size=32)
+    return jdm.sample(joint, labels=labels, guidance="pixel", steps=2, batch_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_flags_of_hosts_go_together(run, tiny, tmp_path, flags):
 
 
 def test_a_part_that_does_not_open_is_generated_again(joint, whole, tmp_path, assert_same_images):
-    method = Method(guidance="pixel", steps=4)
+    method = Method(guidance="pixel", steps=2)
     request = check_request(joint, labels=np.arange(96) % 10, method=method)
     settings, out, cut = request.settings(joint), tmp_path / "x.npz", []
 

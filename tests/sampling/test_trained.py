@@ -21,18 +21,18 @@ from jdm.data.splits import load_split
 
 joint, images = jdm.load("digits"), {}
 for guidance in ("pixel", "representation"):
-    options = dict(labels=np.arange(256) % 10, seeds=range(9000, 9256), guidance=guidance)
-    few = dict(sampler="ancestral", steps=10, batch_size=64)
+    options = dict(labels=np.arange(200) % 10, seeds=range(9000, 9200), guidance=guidance)
+    few = dict(sampler="ancestral", steps=10, batch_size=100)
     images[guidance] = jdm.sample(joint, **few, **options).images
-    away = options | dict(labels=np.arange(64) % 10, seeds=range(64), scale=-8.0)
+    away = options | dict(labels=np.arange(100) % 10, seeds=range(100), scale=-8.0)
     images[f"{guidance} away"] = jdm.sample(joint, **few, **away).images
 test = load_split("digits", "test")
 edited = test.images[64:128], (test.labels[64:128] + 3) % 10  # toward another digit
 options = dict(strength=0.6, seeds=range(7000, 7064), batch_size=64)
 images["edit"] = jdm.edit(joint, *edited, **options).images
 real = test.images[:16]
-noise = jdm.invert(joint, real, steps=100)
-images["back"] = jdm.sample(joint, noise=noise, steps=100, threshold="none").images
+noise = jdm.invert(joint, real, steps=50)
+images["back"] = jdm.sample(joint, noise=noise, steps=50, threshold="none").images
 np.savez(sys.argv[1], **images)
 """
 
@@ -46,20 +46,20 @@ def images(optimised, tmp_path_factory):
         return dict(saved)
 
 
-# Of 256 samples, a share of 0.97 is missed by 0.03 at three standard errors.
+# Of 200 samples, a share of 0.97 is missed by 0.036 at three standard errors.
 @pytest.mark.parametrize(("guidance", "least"), [("pixel", 0.94), ("representation", 0.91)])
 def test_samples_of_ten_steps_show_their_labels_and_are_like_real_images(images, guidance, least):
     train, test = (load_split("digits", split) for split in ("train", "test"))
-    labels, classifiers = np.arange(256) % 10, metrics.ReferenceClassifiers(*train)
+    labels, classifiers = np.arange(200) % 10, metrics.ReferenceClassifiers(*train)
     assert min(classifiers.agreement(images[guidance], labels).values()) >= least
-    away = classifiers.agreement(images[f"{guidance} away"], np.arange(64) % 10)
+    away = classifiers.agreement(images[f"{guidance} away"], np.arange(100) % 10)
     assert max(away.values()) <= 0.03  # a negative scale
     ratio = metrics.nearest_neighbour_ratio(train.images, test.images, images[guidance])
     assert 0.7 <= ratio["mean"] <= 1.3
     assert metrics.diversity_ratio(images[guidance], labels, *train)["mean"] >= 0.7
 
 
-def test_a_hundred_steps_to_the_noise_and_back_keep_the_image(images):
+def test_fifty_steps_to_the_noise_and_back_keep_the_image(images):
     real = load_split("digits", "test").images[:16]
     assert np.abs(images["back"].astype(float) - real).mean() < 2
 
