@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdm.nn.convolution import conv
+
 ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
 # Jitted with the shape and the dtype as static arguments, so that equal shapes are traced once.
 LECUN_NORMAL = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2))
@@ -65,13 +67,7 @@ class Conv(Layer):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.weight("kernel", self.kernel_init, shape)
         bias = self.weight("bias", ZEROS, (self.features,))
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[((self.size - 1) // 2,) * 2] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
         return x + bias.astype(self.dtype)
 
 
