@@ -30,7 +30,7 @@ from jdm.files import local_path, whole_folder, write_whole
 from jdm.joint import Joint, as_joint
 from jdm.mesh import local_mesh
 from jdm.messages import STDOUT, say
-from jdm.nn.model import JointModel, example_inputs, make_model
+from jdm.nn.model import JointModel, example_inputs, make_model, weight_shapes
 from jdm.nn.unet import level_sizes
 from jdm.numerics import fixed_flags, key_of
 from jdm.torch_files import file_format, read
@@ -138,7 +138,7 @@ class Entry(NamedTuple):
     array: jax.ShapeDtypeStruct
 
 
-@functools.cache  # tracing a network takes seconds
+@functools.cache
 def entries(model: JointModel, head: bool) -> dict[str, Entry]:
     """{name in the file: Entry} of a model, in the file's order. head: include the classifier.
 
@@ -148,7 +148,7 @@ def entries(model: JointModel, head: bool) -> dict[str, Entry]:
         hint = "--without-head converts the weights without the head"
         only = "cannot be converted, only 'published' can"
         raise InvalidValue("config.model.head", model.head, only, hint)
-    ours = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model)))
+    ours = flatten_dict(weight_shapes(model))
     blocks = [(HEAD_PREFIX, "head", HEAD)] if head else []
     found = {}
     for prefix, block, layers in [*blocks, *_blocks(model)]:

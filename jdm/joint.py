@@ -26,9 +26,9 @@ from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path
 from jdm.mesh import local_mesh, replicated
-from jdm.nn.model import JointModel, check_shape, example_inputs, make_model
+from jdm.nn.model import JointModel, make_model, weight_shapes
 from jdm.nn.unet import block_names
-from jdm.numerics import fixed_flags, key_of
+from jdm.numerics import fixed_flags
 from jdm.options import POSITIVE, Option, is_float
 from jdm.pretrained import PRETRAINED
 
@@ -190,9 +190,7 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
     """The model's {params, batch_stats} as shapes, dtypes and sharding."""
-    check_shape(model)
-    shapes = jax.eval_shape(model.init, key_of(0), *example_inputs(model))
-    shapes = {"batch_stats": {}, **shapes}
+    shapes = {"batch_stats": {}, **weight_shapes(model)}
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 

@@ -18,7 +18,7 @@ import jdm
 from jdm import checkpoint, cli, convert, trainer
 from jdm.config import config_from_dict, flatten, load_config
 from jdm.errors import Failure, InvalidValue
-from jdm.nn.model import example_inputs, make_model
+from jdm.nn.model import make_model, weight_shapes
 from jdm.torch_files import FORMATS
 
 torch = pytest.importorskip("torch", reason="PyTorch (the extra torch) reads and writes the files")
@@ -34,11 +34,6 @@ def config_of(*overrides: str):
 
 CONFIG = config_of()
 MODEL = make_model(CONFIG.model, CONFIG.exec)
-
-
-def shapes(model):
-    """The shapes and dtypes of its weights."""
-    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))
 
 
 def state_dict(model=MODEL, seed: int = 0, head: bool = True) -> dict:
@@ -89,7 +84,7 @@ def test_stored_files_come_back_to_the_byte(published, name):
     stored = published(name)
     model = make_model(stored.config.model, stored.config.exec)
     weights = convert.load_weights(stored.file, stored.config)
-    chex.assert_trees_all_equal_shapes_and_dtypes(weights, shapes(model))
+    chex.assert_trees_all_equal_shapes_and_dtypes(weights, weight_shapes(model))
     back = FORMATS[".pt"].encode(convert.state_dict(model, weights))
     theirs = torch.load(stored.file, weights_only=True)
     assert_same_bytes(torch.load(io.BytesIO(back), weights_only=True), theirs)
@@ -119,7 +114,7 @@ def test_every_array_of_ours_has_one_name(overrides):
     config = config_of(*overrides)
     model = make_model(config.model, config.exec)
     paths = [entry.path for entry in convert.entries(model, head=True).values()]
-    assert len(paths) == len(set(paths)) and set(paths) == set(flatten_dict(shapes(model)))
+    assert len(paths) == len(set(paths)) and set(paths) == set(flatten_dict(weight_shapes(model)))
 
 
 def test_an_ordered_dict_of_parameters_is_read_too(file, tmp_path):

@@ -4,9 +4,12 @@ Owns the functions `encode`, `decode`, `classify` and `predict`, from which loss
 guidance are built. What the raw output stands for is defined in jdm.diffusion.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -24,6 +27,7 @@ from jdm.nn.unet import (
     UNet,
     level_sizes,
 )
+from jdm.numerics import key_of
 
 Raw = Float[Array, "b h w c2"]  # float32, C channels, or 2C with learned variance
 Logits = Float[Array, "b k"]  # float32
@@ -110,6 +114,15 @@ def example_inputs(model: JointModel) -> tuple[Float[Array, "1 s s c"], Int[Arra
     """(x, t) of zeros, x [1, S, S, C] and t [1], for `model.init`."""
     side = model.image_size
     return jnp.zeros((1, side, side, model.image_channels), jnp.float32), jnp.zeros((1,), jnp.int32)
+
+
+@functools.cache  # a network takes up to a second to trace
+def weight_shapes(model: JointModel) -> dict[str, Any]:
+    """{params and, with the published head, batch_stats} as shapes and dtypes; do not change it.
+
+    Raises InvalidValue for a field that `check_shape` refuses.
+    """
+    return jax.eval_shape(model.init, key_of(0), *example_inputs(model))
 
 
 def check_shape(model: JointModel) -> None:

@@ -10,7 +10,7 @@ from jdm import checkpoint
 from jdm.configs import base
 from jdm.diffusion.process import Diffusion
 from jdm.mesh import make_mesh, replicated
-from jdm.nn.model import example_inputs, make_model
+from jdm.nn.model import make_model, weight_shapes
 from jdm.training.build import build, freeze_unused, make_optimiser
 from jdm.training.loss import JointLoss
 
@@ -98,7 +98,7 @@ def loss_of(*terms: str) -> JointLoss:
 @pytest.fixture(scope="module")
 def shapes():
     model = loss_of("diffusion").model
-    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
+    return weight_shapes(model)["params"]
 
 
 DECODER = {"decoder_0_0", "decoder_0_1", "decoder_1_0", "decoder_1_1", "up_0", "norm", "out"}
