@@ -83,7 +83,6 @@ def test_a_positive_scale_moves_the_image_toward_the_class_and_a_negative_one_aw
 def test_a_short_training_learns_to_denoise_and_to_classify(trained):
     flags = (
         "train.steps=200",
-        "optim.lr=0.003",
         "log.every=50",
         "eval.every=0",
         "checkpoint.every=0",

@@ -51,6 +51,7 @@ def ran(tmp_path_factory) -> Path:
     train = ["train", "--config=tiny", "--workdir=run", "--config.train.steps=2"]
     train += ["--config.data.name=stripes", "--config.model.num_classes=2"]
     train += ["--config.data.validation=0.25", "--config.model.head=linear"]
+    train += ["--config.model.multipliers=(1,)", "--config.model.attention=()"]  # compiled sooner
     train += ["--config.loss.terms=diffusion,classifier,small_logits"]
     train += ["--config.eval.metrics=classification,confidence"]
     sample = ["sample", "--checkpoint=run", "--sampler=euler", "--guidance=unit", "--steps=3"]

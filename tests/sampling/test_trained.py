@@ -17,13 +17,20 @@ SCRIPT = """
 import sys
 import numpy as np
 import jdm
+from jdm.cli import main
 from jdm.data.splits import load_split
 
 joint, images = jdm.load("digits"), {}
 for guidance in ("pixel", "representation"):
     options = dict(labels=np.arange(200) % 10, seeds=range(9000, 9200), guidance=guidance)
     few = dict(sampler="ancestral", steps=10, batch_size=100)
-    images[guidance] = jdm.sample(joint, **few, **options).images
+    if guidance == "pixel":  # what the command writes
+        command = ["sample", "--checkpoint=digits", "--seeds=9000-9199", "--labels=0-9"]
+        command += [f"--{name}={value}" for name, value in few.items()]
+        main([*command, "--guidance=pixel", f"--out={sys.argv[1]}.samples.npz"])
+        images[guidance] = np.load(f"{sys.argv[1]}.samples.npz")["arr_0"]
+    else:
+        images[guidance] = jdm.sample(joint, **few, **options).images
     away = options | dict(labels=np.arange(100) % 10, seeds=range(100), scale=-8.0)
     images[f"{guidance} away"] = jdm.sample(joint, **few, **away).images
 test = load_split("digits", "test")
