@@ -5,7 +5,8 @@
 
 Protocol. One call of the eps_fn on a batch (--batch, default 64) at a middle t, compiled alone.
 With --config the network is newly initialised, which costs the same. The guidances take turns for
---rounds calls, and a ratio is that of their medians. Memory is the compiled program's own account
+--rounds rounds, and a ratio is the median, over the rounds, of the time in a round over that of no
+guidance in the same round, with the least and the largest. Memory is the compiled program's own account
 of what it takes beside its arguments: that of one estimate, and so of a sampler of any steps.
 """
 
@@ -67,10 +68,15 @@ def main() -> None:
             jax.block_until_ready(program(weights, x, t, targets))
             seconds[name].append(time.perf_counter() - started)
     memory = {name: p.memory_analysis().temp_size_in_bytes for name, p in programs.items()}
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {
+        name: [one / plain for one, plain in zip(times, seconds["none"], strict=True)]
+        for name, times in seconds.items()
+    }
     report = {
         name: {
-            "time": round(median[name] / median["none"], 2),
+            "time": round(statistics.median(ratios[name]), 2),
+            "least": round(min(ratios[name]), 2),
+            "greatest": round(max(ratios[name]), 2),
             "memory": round(memory[name] / memory["none"], 2),
             "mebibytes": round(memory[name] / 2**20, 2),
         }
@@ -78,7 +84,8 @@ def main() -> None:
     }
     for name, figures in report.items():
         print(
-            f"{name:16} {figures['time']:5.2f} × the time, {figures['memory']:5.2f} × the memory "
+            f"{name:16} {figures['time']:5.2f} × the time ({figures['least']} to "
+            f"{figures['greatest']}), {figures['memory']:5.2f} × the memory "
             f"({figures['mebibytes']:,.1f} MiB)"
         )
     print(json.dumps(report))

@@ -2,8 +2,8 @@
 
     jdm train --config=mnist --workdir=runs/mnist
 
-An hour or two on two CPU cores. docs/results.md says what it reached on 4,000 of the digits
-(benchmarks/mnist5k.py); on all 60,000 it was not measured.
+An hour or two on two CPU cores. What it reaches was not measured with the code as it stands; the
+commands are in docs/results.md, with 4,000 of the digits (benchmarks/mnist5k.py).
 """
 
 from jdm.configs import base

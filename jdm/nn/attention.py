@@ -10,7 +10,8 @@ chunked  the score matrix of one image and head at a time, in parts of at most M
 auto     chunked on a CPU from LARGE positions on, xla otherwise.
 
 On a CPU chunked is faster for many positions, since the matrix of one head fits in the cache, and
-slower for few (docs/performance.md). On GPUs and TPUs neither was measured.
+slower for few (docs/performance.md). On GPUs and TPUs neither was measured. chunked has no
+forward-mode derivative (jax.jvp).
 """
 
 from collections.abc import Callable

@@ -7,7 +7,8 @@ slower than the convolution. `conv3x3` computes it by matrix products,
 
 for the gradient G of the output, with X zero outside the image. For each i one product yields all
 three j: its right factor is G moved by 1, 0 and -1 along x, side by side. It is the faster one from
-FEWEST channels on (docs/performance.md, benchmarks/convolution.py).
+FEWEST channels on (docs/performance.md, benchmarks/convolution.py). It has no forward-mode
+derivative (jax.jvp).
 """
 
 import jax
