@@ -6,8 +6,9 @@
 Protocol. One call of the eps_fn on a batch (--batch, default 64) at a middle t, compiled alone.
 With --config the network is newly initialised, which costs the same. The guidances take turns for
 --rounds rounds, and a ratio is the median, over the rounds, of the time in a round over that of no
-guidance in the same round, with the least and the largest. Memory is the compiled program's own account
-of what it takes beside its arguments: that of one estimate, and so of a sampler of any steps.
+guidance in the same round, with the least and the largest. Memory is the compiled program's own
+account of what it takes beside its arguments: that of one estimate, and so of a sampler of any
+steps.
 """
 
 import argparse
