@@ -89,8 +89,7 @@ class GroupNorm(Layer):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))  # so that equal shapes are traced once
 def group_norm(x, scale, bias, groups, epsilon):
-    """The sums are taken over positions first and over a group's channels then, which is several
-    times faster on a CPU than one sum over both."""
+    """See `GroupNorm`. Sums are over positions first, and then over the channels of a group."""
     b, height, width, channels = x.shape
 
     def mean(z):  # [B, H, W, C] -> [B, groups, 1]
