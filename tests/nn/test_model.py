@@ -222,3 +222,14 @@ def test_remat_changes_no_output(tiny_model, tiny_params):
         run = jax.jit(functools.partial(model.apply, train=True))
         found.append(run({"params": params}, X, T, rngs={"dropout": jax.random.key(1)}))
     chex.assert_trees_all_close(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "own_derivative"), [("xla", False), ("chunked", True)])
+def test_attention_is_computed_as_the_config_says(
+    tiny_model, tiny_params, implementation, own_derivative
+):
+    model = tiny_model(attention_implementation=implementation)
+    params = tiny_params(tiny_model())
+    x, t = example_inputs(model)
+    traced = jax.make_jaxpr(lambda p: model.apply({"params": p}, x, t))(params)
+    assert ("name=chunked" in str(traced)) == own_derivative
