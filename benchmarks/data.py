@@ -12,8 +12,9 @@ a new process each time. The first batches are not counted. All methods read the
     encoded images   the DataLoader's two workers open the files with PIL; jdm decodes the records
                      of `jdm data prepare`: once before the first batch, or always in two workers
 
-Prints the median and the three runs of each method, and the speed of jdm relative to the others;
-then the time to prepare, decode and open the images. Writes only a temporary folder.
+Prints the median and the three runs of each method, and the speed of jdm relative to the others
+in the same run (median, least to greatest); then the time to prepare, decode and open the images.
+Writes only a temporary folder.
 """
 
 import argparse
@@ -173,15 +174,15 @@ def measure(methods: dict, *arguments) -> dict[str, list[float]]:
 
 def say(title: str, figures: dict[str, list[float]]) -> None:
     print(f"\n{title}, images per second: median (each run)")
-    medians = {name: statistics.median(runs) for name, runs in figures.items()}
-    for name, median in medians.items():
-        each = ", ".join(f"{one:,.0f}" for one in figures[name])
-        ratios = [
-            f"{mine}: {medians[mine] / median:.2f} times as fast"
-            for mine in medians
-            if mine.startswith("ours") and not name.startswith("ours")
-        ]
-        print(f"  {name:24}{median:>10,.0f}  ({each})  {'; '.join(ratios)}".rstrip())
+    for name, runs in figures.items():
+        each = ", ".join(f"{one:,.0f}" for one in runs)
+        compared = []
+        for mine in (mine for mine in figures if mine.startswith("ours") > name.startswith("ours")):
+            ratios = [ours / theirs for ours, theirs in zip(figures[mine], runs, strict=True)]
+            middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+            compared.append(f"{mine}: {middle:.2f} ({least:.2f} to {most:.2f}) times as fast")
+        median = statistics.median(runs)
+        print(f"  {name:24}{median:>10,.0f}  ({each})  {'; '.join(compared)}".rstrip())
 
 
 def main() -> None:
