@@ -94,7 +94,10 @@ def reverse(
 
     visits = _visits(diffusion, times, sampler.evaluations)
     (x, _), estimates = jax.lax.scan(body, (x, steps.init(x)), visits)
-    return x, estimates[~visits[-1]] if trajectory else None
+    if not trajectory:
+        return x, None
+    estimates = estimates[~visits[-1]]
+    return estimates[-1], estimates  # x but for rounding: XLA may compute the two separately
 
 
 def _visits(diffusion: Diffusion, times: Timesteps, evaluations: int):
