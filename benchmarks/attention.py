@@ -9,12 +9,11 @@ gradient.
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import seconds, spread
 
 from jdm.nn.attention import ATTENTIONS
 
@@ -26,12 +25,6 @@ SHAPES = {  # batch, positions, heads, channels of a head
     "28 px, C 64, 7x7": (64, 49, 4, 32),
     "digits, 4x4": (64, 16, 4, 16),
 }
-
-
-def seconds(program, x) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(x))
-    return time.perf_counter() - start
 
 
 def programs(attend, x):
@@ -55,8 +48,7 @@ def main():
         for one, other in zip(plain[:2], chunked[:2], strict=True):
             seconds(one, x), seconds(other, x)
             ratios = [seconds(one, x) / seconds(other, x) for _ in range(rounds)]
-            middle = statistics.median(ratios)
-            cells.append(f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            cells.append(spread(ratios))
         memory = f"{plain[2] / 2**20:.0f} MiB, {chunked[2] / 2**20:.0f} MiB"
         print(f"| {name}: {list(shape)} | {' | '.join(cells)} | {memory} |", flush=True)
 

@@ -9,12 +9,11 @@ with the least and the largest. GFLOP/s are of the medians, beside those of a pr
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import seconds, spread
 
 from jdm.nn import convolution
 
@@ -30,12 +29,6 @@ SHAPES = [  # batch, side, channels in and out
     (32, 4, 64, 64),
     (32, 8, 16, 16),
 ]
-
-
-def seconds(program, *inputs) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*inputs))
-    return time.perf_counter() - start
 
 
 def gradient(conv):
@@ -65,9 +58,8 @@ def main():
         times = np.array([[seconds(*call) for call in calls] for _ in range(rounds)])
         work = np.array([2 * 9 * b * side**2 * c * d] * 2 + [2 * 2048**3])
         rates = work / np.median(times, axis=0) / 1e9
-        ratios = (times[:, 0] / times[:, 1]).tolist()
-        middle = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        cells = [f"{b}, {side}×{side}, {c} to {d}", *(f"{rate:.0f}" for rate in rates), middle]
+        ratio = spread((times[:, 0] / times[:, 1]).tolist())
+        cells = [f"{b}, {side}×{side}, {c} to {d}", *(f"{rate:.0f}" for rate in rates), ratio]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

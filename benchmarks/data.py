@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from timing import spread
 
 from jdm.data.folder import listing
 from jdm.data.images import decoded_split
@@ -179,8 +180,7 @@ def say(title: str, figures: dict[str, list[float]]) -> None:
         compared = []
         for mine in (mine for mine in figures if mine.startswith("ours") > name.startswith("ours")):
             ratios = [ours / theirs for ours, theirs in zip(figures[mine], runs, strict=True)]
-            middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
-            compared.append(f"{mine}: {middle:.2f} ({least:.2f} to {most:.2f}) times as fast")
+            compared.append(f"{mine}: {spread(ratios)} times as fast")
         median = statistics.median(runs)
         print(f"  {name:24}{median:>10,.0f}  ({each})  {'; '.join(compared)}".rstrip())
 

@@ -14,7 +14,6 @@ steps.
 import argparse
 import json
 import statistics
-import time
 
 import numpy as np
 
@@ -31,6 +30,7 @@ def main() -> None:
 
     cli.use_compilation_cache()
     import jax
+    from timing import seconds, spread
 
     from jdm.config import load_config
     from jdm.diffusion.guidance import GUIDANCE, guide
@@ -62,22 +62,19 @@ def main() -> None:
         name: jax.jit(estimate, static_argnums=0).lower(name, weights, x, t, targets).compile()
         for name in GUIDANCE
     }
-    seconds = {name: [] for name in programs}
+    times = {name: [] for name in programs}
     for _ in range(arguments.rounds):
         for name, program in programs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(program(weights, x, t, targets))
-            seconds[name].append(time.perf_counter() - started)
+            times[name].append(seconds(program, weights, x, t, targets))
     memory = {name: p.memory_analysis().temp_size_in_bytes for name, p in programs.items()}
     ratios = {
-        name: [one / plain for one, plain in zip(times, seconds["none"], strict=True)]
-        for name, times in seconds.items()
+        name: [one / plain for one, plain in zip(mine, times["none"], strict=True)]
+        for name, mine in times.items()
     }
     report = {
         name: {
             "time": round(statistics.median(ratios[name]), 2),
-            "least": round(min(ratios[name]), 2),
-            "greatest": round(max(ratios[name]), 2),
+            "ratios": [round(ratio, 2) for ratio in ratios[name]],
             "memory": round(memory[name] / memory["none"], 2),
             "mebibytes": round(memory[name] / 2**20, 2),
         }
@@ -85,8 +82,7 @@ def main() -> None:
     }
     for name, figures in report.items():
         print(
-            f"{name:16} {figures['time']:5.2f} × the time ({figures['least']} to "
-            f"{figures['greatest']}), {figures['memory']:5.2f} × the memory "
+            f"{name:16} {spread(ratios[name])} × the time, {figures['memory']:.2f} × the memory "
             f"({figures['mebibytes']:,.1f} MiB)"
         )
     print(json.dumps(report))

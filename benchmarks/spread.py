@@ -27,11 +27,18 @@ def cell(figures: list[float | None], written: str) -> str:
     return f"{written.format(mean)} ({written.format(least)} to {written.format(most)})"
 
 
+def rows_of(path: str) -> dict[str, dict]:
+    """{name: row} of a report. Exits with a sentence where it is none."""
+    try:
+        return {row["name"]: row for row in json.loads(Path(path).read_text())["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"spread.py: {path} is no report of sampling.py ({type(error).__name__}: {error})")
+
+
 def main() -> None:
-    reports = [json.loads(Path(path).read_text())["rows"] for path in sys.argv[1:]]
-    named = [{row["name"]: row for row in rows} for rows in reports]
+    named = [rows_of(path) for path in sys.argv[1:]]
     if not named or any(rows.keys() != named[0].keys() for rows in named):
-        sys.exit("spread.py: needs reports with the same rows")
+        sys.exit("spread.py: needs one report.json or more, all with the same rows")
     print(f"| row | {' | '.join(FIGURES)} |\n|---|{'---|' * len(FIGURES)}")
     for name in named[0]:
         cells = [

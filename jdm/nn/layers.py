@@ -1,8 +1,8 @@
 """The layers that networks consist of: dense layer, convolution, normalisations.
 
 They have the same parameters as Flax's layers of these names, with the same initial values. Flax's
-own trace the initialiser of each parameter whenever a network is applied, to compare shapes, which
-takes twice as long as tracing all the rest of a forward pass.
+own trace the initialiser of each parameter whenever a network is applied, to compare shapes. That
+is a large part of the time that tracing a forward pass takes.
 """
 
 import functools
