@@ -56,6 +56,20 @@ def test_gradients_are_those_of_the_plain_implementation(attend):
     np.testing.assert_allclose(gradient(attend), expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_derivatives_of_derivatives_and_of_batches_are_those_of_the_plain_one(attend):
+    q, k, v = inputs(18)
+
+    def second(attend):
+        def first(q, k, v):
+            return jax.grad(lambda k: (attend(q, k, v) ** 2).sum())(k)
+
+        along_q = jax.grad(lambda q: (first(q, k, v) ** 2).sum())(q)
+        return along_q, jax.vmap(first)(q[:, None], k[:, None], v[:, None])
+
+    for ours, theirs in zip(second(attend), second(attention.xla), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
+
+
 def test_half_precision_is_near(attend):
     x = inputs(18)
     found = attend(*x.astype(jnp.bfloat16))

@@ -32,6 +32,20 @@ def test_derivatives_are_those_of_xla(shape):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_derivatives_of_derivatives_and_of_batches_are_those_of_xla():
+    x, kernel, _ = inputs((2, 4, 4, 3, 3))
+
+    def second(conv):
+        def first(x, kernel):
+            return jax.grad(lambda k: (conv(x, k) ** 3).sum())(kernel)
+
+        along_x = jax.grad(lambda x: (first(x, kernel) ** 2).mean())(x)
+        return along_x, jax.vmap(first, in_axes=(0, None))(x[:, None], kernel)
+
+    for ours, theirs in zip(second(convolution.conv3x3), second(convolution.xla), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+
+
 def test_half_precision_is_near():
     given = inputs((2, 6, 6, 4, 4), jnp.bfloat16)
     for ours, theirs in zip(
