@@ -24,8 +24,8 @@ from jdm import names
 
 Heads = Float[Array, "b p h d"]
 
-MOST_QUERIES = 1024
-LARGE = 128
+MOST_QUERIES = 1024  # rows of a score matrix at a time
+LARGE = 128  # positions
 
 
 def xla(q: Heads, k: Heads, v: Heads) -> Heads:

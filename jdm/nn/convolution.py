@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 Kernel = Float[Array, "size size c d"]
 Maps = Float[Array, "b h w c"]
 
-FEWEST = 32
+FEWEST = 32  # channels, both of the input and of the output
 
 
 def conv(x: Maps, kernel: Kernel, stride: int = 1) -> Float[Array, "b h2 w2 d"]:
