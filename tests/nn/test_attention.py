@@ -1,5 +1,9 @@
 """Every implementation of attention computes the same outputs and gradients."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +88,30 @@ def test_no_score_matrix_is_kept_for_the_gradient():
         for x in (inputs(256), inputs(512))
     ]
     assert kept[1] == 2 * kept[0]
+
+
+EIGHT_DEVICES = """
+import sys
+import jax, numpy as np
+from jdm.mesh import make_mesh, to_global
+from jdm.nn.attention import chunked
+
+with np.load(sys.argv[1]) as saved:
+    parts = to_global(dict(saved), make_mesh())
+assert all(len(x.addressable_shards) == 8 for x in parts.values())
+np.savez(sys.argv[2], out=jax.jit(chunked)(*(parts[name] for name in "qkv")))
+"""
+
+
+def test_a_batch_on_eight_devices_is_attended_to_as_on_one(tmp_path):
+    x = dict(zip("qkv", inputs(18, batch=16), strict=True))
+    np.savez(tmp_path / "in.npz", **x)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, tmp_path / "in.npz", tmp_path / "out.npz"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        check=True,
+        timeout=120,
+    )
+    with np.load(tmp_path / "out.npz") as saved:
+        np.testing.assert_allclose(saved["out"], by_hand(*x.values()), atol=1e-5)
