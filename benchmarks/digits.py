@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import jdm
-from jdm import cli, trainer
+from jdm import startup, trainer
 from jdm.analysis import metrics
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import load_config
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir
 
-    cli.use_compilation_cache()
+    startup.set_up()
     config = load_config("digits", [f"--config.seed={arguments.seed}"])
     trainer.train(config, workdir)
     joint = jdm.load(workdir)

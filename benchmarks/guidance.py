@@ -17,7 +17,7 @@ import statistics
 
 import numpy as np
 
-from jdm import cli
+from jdm import startup
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
 
-    cli.use_compilation_cache()
+    startup.set_up()
     import jax
     from timing import seconds, spread
 

@@ -21,7 +21,7 @@ import numpy as np
 from digits import GUIDANCE, SETTINGS, score
 
 import jdm
-from jdm import checkpoint, cli, trainer
+from jdm import checkpoint, startup, trainer
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_to_dict, load_config
 from jdm.convert import write_work_folder
@@ -72,7 +72,7 @@ def main() -> None:
     other.add_argument("--steps", type=int, help="training steps, for comparison")
     arguments = parser.parse_args()
 
-    cli.use_compilation_cache()
+    startup.set_up()
     steps = [] if arguments.steps is None else [f"--config.train.steps={arguments.steps}"]
     trainer.train(load_config("digits", [*OVERRIDES, *steps]), arguments.workdir)
     folder = PRETRAINED["digits"] if arguments.write else arguments.workdir / "half"

@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 
 import jdm
-from jdm import cli, plot
+from jdm import plot, startup
 from jdm.analysis import metrics
 from jdm.data.splits import ReadOptions, load_split
 from jdm.diffusion.method import OPTIONS, method_of
@@ -269,7 +269,7 @@ def main() -> None:
     add("--seeds", type=int, default=3000, help="the first one (%(default)s)")
     add("--repeats", type=int, default=3, help="rounds that are timed (%(default)s)")
     flags = parser.parse_args()
-    cli.use_compilation_cache()  # before JAX is imported: why some imports, and names, wait
+    startup.set_up()  # before JAX is imported: why some imports, and names, wait
     import jax
 
     try:

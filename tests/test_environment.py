@@ -1,6 +1,7 @@
 """Variables of the environment that are empty, missing, or name what is not there."""
 
 import os
+import platform
 import pwd
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jdm import cli
+from jdm import startup
 from jdm.data import DataError
 from jdm.data.datasets import DATASETS
 from jdm.data.records import make_builder
@@ -41,17 +42,17 @@ def homeless(bare, monkeypatch):
 def test_an_empty_cache_folder_is_that_of_the_home(given, bare, monkeypatch):
     if given is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert cli._cache_folder() == bare / "home" / ".cache" / "jdm" / "xla"
+    assert startup._cache_folder() == bare / "home" / ".cache" / "jdm" / "xla"
     assert not any((bare / "here").iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(bare / "cache"))
-    assert cli._cache_folder() == bare / "cache" / "jdm" / "xla"
+    assert startup._cache_folder() == bare / "cache" / "jdm" / "xla"
 
 
 @pytest.mark.parametrize("given", ["", None])
 def test_without_a_home_there_is_no_cache_and_one_line(given, homeless, monkeypatch, capsys):
     if given is not None:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
-    cli.use_compilation_cache()
+    startup.use_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ and not os.listdir()
     err = capsys.readouterr().err
     assert err.startswith("compiled programs are not kept") and "no home folder" in err
@@ -61,7 +62,7 @@ def test_without_a_home_there_is_no_cache_and_one_line(given, homeless, monkeypa
 def test_a_cache_folder_that_cannot_be_made_is_one_line(bare, monkeypatch, capsys):
     (bare / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(bare / "file"))
-    cli.use_compilation_cache()
+    startup.use_compilation_cache()
     err = capsys.readouterr().err
     assert err.startswith("compiled programs are not kept") and err.count("\n") == 1
 
@@ -102,3 +103,33 @@ def test_a_platform_that_is_not_there_is_one_sentence(bare):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("jdm train: JAX_PLATFORMS='abacus' cannot be used: ")
     assert "finds cpu" in done.stderr and not Path("w").exists()
+
+
+ARRAYS = """
+import os, resource, sys
+from jdm import startup
+if "keep" in sys.argv:
+    startup.keep_memory()
+import numpy as np
+def arrays():
+    large = [np.ones(2**23) for _ in range(2)]
+arrays()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    arrays()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize("said", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_memory_of_large_arrays_is_kept_unless_the_environment_says_how(said):
+    """Counts the pages that the system clears for ten arrays of 64 MiB."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | said
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def pages(*argv):
+        return int(subprocess.check_output([sys.executable, "-c", ARRAYS, *argv], env=env))
+
+    assert pages() > 500
+    assert (pages("keep") < 50) == (not said)

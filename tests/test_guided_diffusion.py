@@ -1,12 +1,13 @@
 """The options of guided-diffusion's released networks, against the same network in PyTorch.
 
-The layers here are written from the description of the network in Dhariwal & Nichol 2021, with the
-names of their state_dict and random weights: attention heads of a fixed number of channels, the
-time added before the second normalisation of a block or as its scale and shift, and changes of the
-resolution by convolutions or inside residual blocks. No classifier, no label.
+That network is benchmarks/torch_network.py, with the names of the released state_dict and random
+weights. The options: attention heads of a fixed number of channels, the time added before the
+second normalisation of a block or as its scale and shift, and changes of the resolution by
+convolutions or inside residual blocks. No classifier, no label.
 """
 
-import math
+import importlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,169 +20,44 @@ from jdm.config import config_from_dict, load_config
 from jdm.errors import InvalidValue
 
 torch = pytest.importorskip("torch", reason="PyTorch (the extra torch) runs the network")
-nn, functional = torch.nn, torch.nn.functional
 
-
-class Residual(nn.Module):
-    def __init__(self, before, after, embedding, add, resize=None):
-        super().__init__()
-        silu, self.add, self.resize = nn.SiLU(), add, resize or nn.Identity()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, before), silu, nn.Conv2d(before, after, 3, padding=1)
-        )
-        self.emb_layers = nn.Sequential(silu, nn.Linear(embedding, after if add else 2 * after))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, after), silu, nn.Dropout(0.0), nn.Conv2d(after, after, 3, padding=1)
-        )
-        self.skip_connection = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
-
-    def forward(self, x, embedding):
-        norm, silu, conv = self.in_layers
-        h = conv(self.resize(silu(norm(x))))
-        numbers, (norm, *rest) = self.emb_layers(embedding)[:, :, None, None], self.out_layers
-        if self.add:
-            h = norm(h + numbers)
-        else:
-            scale, shift = numbers.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-        return self.skip_connection(self.resize(x)) + nn.Sequential(*rest)(h)
-
-
-class Attention(nn.Module):
-    def __init__(self, channels, head_channels, new_order):
-        super().__init__()
-        self.heads, self.new_order = channels // head_channels, new_order
-        self.norm = nn.GroupNorm(32, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x, embedding):
-        b, c, height, width = x.shape
-        h = self.qkv(self.norm(x.reshape(b, c, -1)))
-        if self.new_order:
-            q, k, v = h.reshape(b, 3, self.heads, c // self.heads, -1).unbind(1)
-        else:
-            q, k, v = h.reshape(b, self.heads, 3, c // self.heads, -1).unbind(2)
-        weights = torch.einsum("bhdq,bhdk->bhqk", q, k) / math.sqrt(c // self.heads)
-        h = torch.einsum("bhqk,bhdk->bhdq", weights.softmax(-1), v)
-        return x + self.proj_out(h.reshape(b, c, -1)).reshape(x.shape)
-
-
-class Down(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x, embedding):
-        return self.op(x)
-
-
-class Up(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, embedding):
-        return self.conv(functional.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Network(nn.Module):
-    """Two levels of one block; attention on the second."""
-
-    def __init__(self, images, out, width, head_channels, add, new_order, updown):
-        super().__init__()
-        self.width, e, w = width, 4 * width, (width, 2 * width)
-
-        def residual(before, after, resize=None):
-            return Residual(before, after, e, add, resize)
-
-        def attention():
-            return Attention(w[1], head_channels, new_order)
-
-        down = residual(w[0], w[0], nn.AvgPool2d(2)) if updown else Down(w[0])
-        up = residual(w[1], w[1], nn.Upsample(scale_factor=2)) if updown else Up(w[1])
-        self.time_embed = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
-        inputs = [
-            [nn.Conv2d(images, w[0], 3, padding=1)],
-            [residual(w[0], w[0])],
-            [down],
-            [residual(w[0], w[1]), attention()],
-        ]
-        outputs = [
-            [residual(w[1] + w[1], w[1]), attention()],
-            [residual(w[1] + w[0], w[1]), attention(), up],
-            [residual(w[1] + w[0], w[0])],
-            [residual(w[0] + w[0], w[0])],
-        ]
-        self.input_blocks = nn.ModuleList(map(nn.ModuleList, inputs))
-        middle = [residual(w[1], w[1]), attention(), residual(w[1], w[1])]
-        self.middle_block = nn.ModuleList(middle)
-        self.output_blocks = nn.ModuleList(map(nn.ModuleList, outputs))
-        last = nn.Conv2d(w[0], out, 3, padding=1)
-        self.out = nn.Sequential(nn.GroupNorm(32, w[0]), nn.SiLU(), last)
-
-    def forward(self, x, t):
-        half = self.width // 2
-        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
-        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
-        (stem,), *inputs = self.input_blocks
-        h, skips = stem(x), []
-        for block in inputs:
-            skips.append(h)
-            for layer in block:
-                h = layer(h, embedding)
-        skips.append(h)
-        for layer in self.middle_block:
-            h = layer(h, embedding)
-        for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
-            for layer in block:
-                h = layer(h, embedding)
-        return self.out(h)
-
-
+SIDE = 32
+COMMON = (f"model.image_size={SIDE}", "model.channels=32", "model.attention=(16,)")
 RUNS = {
-    "add, rgb": dict(images=3, out=6, head_channels=16, add=True, new_order=False, updown=False),
-    "scale_shift, grey, updown": dict(
-        images=1, out=1, head_channels=8, add=False, new_order=True, updown=True
+    "add, rgb": (
+        "model.image_channels=3",
+        "model.head_channels=16",
+        "model.time_conditioning=add",
+        "model.learned_variance=True",
+        "diffusion.variance=learned",
+    ),
+    "scale_shift, grey, updown": (
+        "model.head_channels=8",
+        "model.attention_order=qkv_first",
+        "model.resample=resblock",
     ),
 }
-SIDE = 32
 
 
-def config_of(images, out, head_channels, add, new_order, updown):
-    learned = out > images
-    return load_config(
-        "tiny",
-        [
-            f"--config.{setting}"
-            for setting in (
-                f"model.image_size={SIDE}",
-                f"model.image_channels={images}",
-                "model.channels=32",
-                "model.attention=(16,)",
-                f"model.head_channels={head_channels}",
-                f"model.time_conditioning={'add' if add else 'scale_shift'}",
-                f"model.attention_order={'qkv_first' if new_order else 'head_first'}",
-                f"model.resample={'resblock' if updown else 'conv'}",
-                f"model.learned_variance={learned}",
-                f"diffusion.variance={'learned' if learned else 'fixed_large'}",
-            )
-        ],
-    )
+@pytest.fixture(scope="module")
+def network_of():
+    """The class Network of benchmarks/torch_network.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        return importlib.import_module("torch_network").Network
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def converted(request, tmp_path_factory):
+def converted(request, network_of, tmp_path_factory):
     """(network in PyTorch, its file, our config, the work folder of the file)."""
     torch.manual_seed(0)
-    fields, folder = RUNS[request.param], tmp_path_factory.mktemp("released")
-    network = Network(width=32, **fields).eval()
+    settings, folder = (*COMMON, *RUNS[request.param]), tmp_path_factory.mktemp("released")
+    config = load_config("tiny", [f"--config.{setting}" for setting in settings])
+    network = network_of(config.model, head=False).eval()
     with torch.no_grad():
         for array in network.parameters():
             array.add_(0.05 * torch.randn_like(array))
     torch.save(network.state_dict(), folder / "released.pt")
-    config = config_of(**fields)
     convert.from_file(folder / "released.pt", config, folder / "run", without_head=True)
     return network, folder / "released.pt", config, folder / "run"
 

@@ -9,15 +9,12 @@ flags and configs are checked first.
 
 import argparse
 import importlib
-import os
 import sys
 import warnings
-from pathlib import Path
 from typing import NoReturn
 
 import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
-from jdm.files import home
 from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
 
 COMMANDS = ("train", "sample", "eval", "data list", "data prepare", "data show", "convert")
@@ -103,30 +100,3 @@ def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk; $JAX_COMPILATION_CACHE_DIR overrides the folder. Says so
-    where they cannot be kept."""
-    if not (where := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
-        try:
-            where = str(_cache_folder())
-        except OSError as error:
-            say(f"compiled programs are not kept, unless in $JAX_COMPILATION_CACHE_DIR: {error}")
-            os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-            return
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = where
-    if "jax" in sys.modules:  # JAX reads the environment only when it is imported
-        sys.modules["jax"].config.update("jax_compilation_cache_dir", where)
-
-
-def _cache_folder() -> Path:
-    """The folder of compiled programs, which is made. Raises OSError where that is not possible."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # empty, or relative, which the standard says to ignore
-        if (of_user := home()) is None:
-            raise OSError("there is no home folder")
-        folder = of_user / ".cache"
-    folder = folder / "jdm" / "xla"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jdm.cli import use_compilation_cache
+from jdm import startup
 from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.errors import InvalidValue
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     if metrics is not None:
         option.check("metrics", metrics)
     folder = Path(local_path("out", arguments.out)) if arguments.out else None
-    use_compilation_cache()
+    startup.set_up()
     from jdm.analysis.evaluators import EvaluationOptions, evaluate
     from jdm.data.fit import evaluation_options
     from jdm.data.identity import check_same, identity

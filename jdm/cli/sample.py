@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm.cli import use_compilation_cache
+from jdm import startup
 from jdm.cli.shared import CHECKPOINT, check_parent, load_joint
 from jdm.diffusion.method import OPTIONS, help_of, method_of
 from jdm.errors import NO_VALUE, Failure, InvalidValue
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = check_parent("out", arguments.out)
     _check_hosts(arguments)
 
-    use_compilation_cache()
+    startup.set_up()
     if arguments.distributed:
         _join_hosts(arguments)
     from jdm.sampling import runs

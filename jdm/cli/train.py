@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jdm.cli import use_compilation_cache
+from jdm import startup
 from jdm.cli.shared import add_config, add_other_data
 from jdm.config import load_config
 from jdm.errors import InvalidValue
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     workdir = Path(local_path("workdir", arguments.workdir))
     if workdir.exists() and not workdir.is_dir():
         raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
-    use_compilation_cache()
+    startup.set_up()
     from jdm import trainer
 
     options = dict(dry_run=arguments.dry_run, other_data=arguments.other_data)

@@ -1,0 +1,67 @@
+"""Settings of a process that runs JAX: where compiled programs are kept, and how memory is.
+
+They are for commands and scripts, which own their process. The package changes none by itself.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+from jdm.files import home
+from jdm.messages import say
+
+# Of mallopt, in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def set_up() -> None:
+    """Both settings. Is called before JAX is imported, and works afterwards too."""
+    use_compilation_cache()
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Lets the C library keep memory that was freed, for the next arrays.
+
+    On a CPU, XLA allocates the memory of a program anew in every call. By default, memory for large
+    arrays is returned to the system at once, and the system clears each page when it comes again:
+    a quarter of the time of a training step of small images (docs/performance.md). Does nothing
+    where the C library is not glibc, or where a variable MALLOC_... of the environment says how
+    memory is kept.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows
+        return
+    mallopt(M_MMAP_MAX, 0)  # no mapping of its own for a large array
+    mallopt(M_TRIM_THRESHOLD, -1)  # nothing at the end of the heap is returned
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk; $JAX_COMPILATION_CACHE_DIR overrides the folder. Says so
+    where they cannot be kept."""
+    if not (where := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        try:
+            where = str(_cache_folder())
+        except OSError as error:
+            say(f"compiled programs are not kept, unless in $JAX_COMPILATION_CACHE_DIR: {error}")
+            os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = where
+    if "jax" in sys.modules:  # JAX reads the environment only when it is imported
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", where)
+
+
+def _cache_folder() -> Path:
+    """The folder of compiled programs, which is made. Raises OSError where that is not possible."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # empty, or relative, which the standard says to ignore
+        if (of_user := home()) is None:
+            raise OSError("there is no home folder")
+        folder = of_user / ".cache"
+    folder = folder / "jdm" / "xla"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
