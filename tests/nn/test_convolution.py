@@ -1,4 +1,4 @@
-"""The derivatives of our 3×3 convolution are those of XLA's."""
+"""Our 3×3 convolution and its derivatives are those of XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,24 @@ def derivatives(conv, x, kernel, gradient):
     return jax.jit(lambda x, kernel, g: jax.vjp(conv, x, kernel)[1](g))(x, kernel, gradient)
 
 
-SHAPES = [(2, 5, 7, 3, 4), (1, 1, 1, 2, 3), (3, 4, 4, 8, 8), (2, 2, 6, 1, 2)]
+SHAPES = [(4, 5, 7, 3, 4), (1, 1, 1, 2, 3), (3, 4, 4, 8, 8), (2, 2, 6, 1, 2)]
 
 
+@pytest.mark.parametrize("large", [1, convolution.LARGE])  # XLA's convolution, or products
+@pytest.mark.parametrize("cached", [1, 300, convolution.CACHED])  # parts of one image, of 2, of all
 @pytest.mark.parametrize("shape", SHAPES)
-def test_derivatives_are_those_of_xla(shape):
+def test_it_and_its_derivatives_are_those_of_xla(shape, cached, large, monkeypatch):
+    monkeypatch.setattr(convolution, "CACHED", cached)
+    monkeypatch.setattr(convolution, "LARGE", large)
+    jax.clear_caches()  # the functions are traced once for a shape
     given = inputs(shape)
-    np.testing.assert_array_equal(convolution.conv3x3(*given[:2]), convolution.xla(*given[:2]))
+    close = dict(rtol=1e-4, atol=1e-4)
+    ours, theirs = convolution.conv3x3(*given[:2]), convolution.xla(*given[:2])
+    np.testing.assert_allclose(ours, theirs, **close)
     for ours, theirs in zip(
         derivatives(convolution.conv3x3, *given), derivatives(convolution.xla, *given), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, **close)
 
 
 def test_derivatives_of_derivatives_and_of_batches_are_those_of_xla():
