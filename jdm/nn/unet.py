@@ -17,7 +17,7 @@ from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
 from jdm.nn.attention import ATTENTIONS
-from jdm.nn.layers import LECUN_NORMAL, ZEROS, Conv, Dense, GroupNorm
+from jdm.nn.layers import LECUN_NORMAL, ZEROS, Conv, Dense, Dropout, GroupNorm
 
 
 class Features(NamedTuple):
@@ -135,7 +135,7 @@ class ResBlock(nn.Module):
         modulation = Dense(width, self.dtype, name="time")(nn.silu(embedding))
         numbers = jnp.split(modulation[:, None, None, :], count, axis=-1)
         h = nn.silu(conditioned(Norm(self.dtype, name="norm_out"), h, *numbers))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = conv3x3(self.channels, self.dtype, zero=True, name="conv_out")(h)
         x = resize(x)
         if x.shape[-1] != self.channels:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jdm.arrays import Times
-from jdm.nn.layers import Dense, LayerNorm
+from jdm.nn.layers import Dense, Dropout, LayerNorm
 from jdm.nn.unet import Features
 
 
@@ -28,7 +28,7 @@ class NormalisedHead(nn.Module):
         h = Dense(self.width, name="in")(h)
         h = h + Dense(self.width, name="time")(nn.silu(embedding.astype(jnp.float32)))
         h = nn.silu(LayerNorm(name="norm")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         return Dense(self.num_classes, name="out")(h)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jdm.arrays import Times
 from jdm.errors import InvalidValue
-from jdm.nn.layers import ONES, ZEROS, Dense, Layer
+from jdm.nn.layers import ONES, ZEROS, Dense, Dropout, Layer
 from jdm.nn.unet import Features
 
 
@@ -62,10 +62,10 @@ class PublishedHead(nn.Module):
     ) -> Float[Array, "b k"]:
         h = jnp.concatenate([*features.means(), t.astype(jnp.float32)[:, None]], axis=-1)
         hidden = (h.shape[-1] - 1) // 2
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = Dense(hidden, name="in")(BatchNorm(name="norm_in")(h, train))
         h = nn.leaky_relu(h, 0.01)
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         return Dense(self.num_classes, name="out")(BatchNorm(name="norm_out")(h, train))
 
 
