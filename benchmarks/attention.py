@@ -43,7 +43,7 @@ def main():
     print("|---|---|---|---|")
     for name, shape in SHAPES.items():
         x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *shape)), jnp.float32)
-        plain, chunked = (programs(ATTENTIONS[by], x) for by in ("xla", "chunked"))
+        plain, chunked = (programs(ATTENTIONS[by].attend, x) for by in ("xla", "chunked"))
         cells = []
         for one, other in zip(plain[:2], chunked[:2], strict=True):
             seconds(one, x), seconds(other, x)

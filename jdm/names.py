@@ -59,7 +59,7 @@ TIME_CONDITIONINGS = Names(["scale_shift", "add"])
 HEADS = Names(["normalised", "published"])
 HEAD_TIMES = Names(["raw", "zero"])
 DTYPES = Names(["float32", "bfloat16"])
-ATTENTIONS = Names(["auto", "xla", "chunked"])
+ATTENTIONS = Names(["auto", "xla", "chunked", "fused"])
 
 # Files of a state_dict (jdm.torch_files)
 WEIGHT_FILES = Names([".pt", ".pth", ".bin", ".ckpt", ".safetensors"])

@@ -7,14 +7,16 @@ xla      all B · H score matrices [P, P] at once. The derivative keeps them.
 chunked  the score matrix of one image and head at a time, in parts of at most MOST_QUERIES rows.
          None is kept: the derivative computes them again (as in Dao et al. 2022,
          "FlashAttention"). The memory is linear in P.
+fused    the kernel of cuDNN: linear memory, on NVIDIA GPUs, in half precision.
 auto     chunked on a CPU from LARGE positions on, xla otherwise.
 
 On a CPU chunked is faster for many positions, since the matrix of one head fits in the cache, and
-slower for few (docs/performance.md). On GPUs and TPUs neither was measured. chunked has no
+slower for few (docs/performance.md). On GPUs and TPUs none was measured. chunked and fused have no
 forward-mode derivative (jax.jvp).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +117,36 @@ def auto(q: Heads, k: Heads, v: Heads) -> Heads:
     return (chunked if large else xla)(q, k, v)
 
 
-# config.exec.attention: (q, k, v), each [B, P, H, d] -> [B, P, H, d].
-ATTENTIONS: dict[str, Callable[[Heads, Heads, Heads], Heads]] = names.ATTENTIONS.records(
-    auto=auto, xla=xla, chunked=chunked
+def fused(q: Heads, k: Heads, v: Heads) -> Heads:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def why_not_fused(dtype: str, width: int) -> str:
+    """What cuDNN's kernel does not do (NVIDIA cuDNN, "Scaled dot product attention")."""
+    kind = jax.devices()[0].device_kind
+    if "nvidia" not in kind.lower():
+        return f"needs an NVIDIA GPU, and JAX runs on {kind}"
+    if dtype != "bfloat16":
+        return f"needs config.exec.dtype='bfloat16', not {dtype!r}"
+    if width % 8 or width > 128:
+        return f"needs heads of 8, 16, ... or 128 channels, and the model has heads of {width}"
+    return ""
+
+
+class Attention(NamedTuple):
+    """An implementation of config.exec.attention.
+
+    attend: (q, k, v), each [B, P, H, d] -> [B, P, H, d]. why_not: (dtype, d) -> why it cannot be
+    used for these on the default device; "" where it can.
+    """
+
+    attend: Callable[[Heads, Heads, Heads], Heads]
+    why_not: Callable[[str, int], str] = lambda dtype, width: ""
+
+
+ATTENTIONS: dict[str, Attention] = names.ATTENTIONS.records(
+    auto=Attention(auto),
+    xla=Attention(xla),
+    chunked=Attention(chunked),
+    fused=Attention(fused, why_not_fused),
 )

@@ -133,19 +133,24 @@ def check_shape(model: JointModel) -> None:
             allowed = f"contains {side}, which is no level's side length"
             hint = f"the levels of config.model.image_size={model.image_size} are {sizes}"
             raise InvalidValue("config.model.attention", tuple(model.attention), allowed, hint)
+    names.check_name("config.exec.dtype", model.dtype, names.DTYPES)
+    implementation = model.attention_implementation
+    names.check_name("config.exec.attention", implementation, ATTENTIONS)
     for level, side in enumerate(sizes):
         width = model.channels * model.multipliers[level]
         # The middle blocks have the width of the last level, and one always has attention.
-        attends = side in model.attention or level == len(sizes) - 1
+        if side not in model.attention and level < len(sizes) - 1:
+            continue
         key = "head_channels" if model.head_channels else "heads"
-        if attends and width % getattr(model, key):
+        if width % getattr(model, key):
             allowed = f"does not divide the {width} channels of the level of {side}×{side}"
             raise InvalidValue(f"config.model.{key}", getattr(model, key), allowed)
+        of_head = model.head_channels or width // model.heads
+        if why := ATTENTIONS[implementation].why_not(model.dtype, of_head):
+            raise InvalidValue("config.exec.attention", implementation, why)
     names.check_name("config.model.resample", model.resample, RESAMPLES)
     conditioning = "config.model.time_conditioning"
     names.check_name(conditioning, model.time_conditioning, TIME_CONDITIONINGS)
     names.check_name("config.model.attention_order", model.attention_order, ATTENTION_ORDERS)
     names.check_name("config.model.head", model.head, HEADS)
     names.check_name("config.model.head_time", model.head_time, HEAD_TIMES)
-    names.check_name("config.exec.dtype", model.dtype, names.DTYPES)
-    names.check_name("config.exec.attention", model.attention_implementation, ATTENTIONS)

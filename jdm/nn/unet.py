@@ -174,7 +174,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * c, self.dtype, name="qkv")(Norm(self.dtype, name="norm")(x))
         shape, axis = ATTENTION_ORDERS[self.order](self.heads, d)
         q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, *shape), axis, 0)
-        out = ATTENTIONS[self.implementation](q, k, v).reshape(x.shape)
+        out = ATTENTIONS[self.implementation].attend(q, k, v).reshape(x.shape)
         return x + Dense(c, self.dtype, ZEROS, name="project")(out)
 
 

@@ -3,14 +3,18 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdm.config import load_config
+from jdm.errors import InvalidValue
 from jdm.nn import attention
 from jdm.nn.attention import ATTENTIONS
+from jdm.nn.model import check_shape, make_model
 
 
 def inputs(positions, dtype="float32", batch=2, heads=2, width=4):
@@ -31,11 +35,14 @@ def by_hand(q, k, v):
     return out
 
 
-@pytest.fixture(params=ATTENTIONS)
+HERE = [name for name, one in ATTENTIONS.items() if not one.why_not("float32", 4)]
+
+
+@pytest.fixture(params=HERE)
 def attend(request, monkeypatch):
     monkeypatch.setattr(attention, "MOST_QUERIES", 6)  # so that few positions need several parts
     monkeypatch.setattr(attention, "LARGE", 8)
-    return ATTENTIONS[request.param]
+    return ATTENTIONS[request.param].attend
 
 
 @pytest.mark.parametrize("positions", [1, 4, 16, 18])
@@ -115,3 +122,26 @@ def test_a_batch_on_eight_devices_is_attended_to_as_on_one(tmp_path):
     )
     with np.load(tmp_path / "out.npz") as saved:
         np.testing.assert_allclose(saved["out"], by_hand(*x.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("cpu", ["exec.dtype=bfloat16"], "needs an NVIDIA GPU, and JAX runs on cpu"),
+        ("NVIDIA H100", [], "needs config.exec.dtype='bfloat16', not 'float32'"),
+        ("NVIDIA H100", ["exec.dtype=bfloat16"], "channels, and the model has heads of 4"),
+        ("NVIDIA H100", ["exec.dtype=bfloat16", "model.heads=1", "model.channels=80"], "of 160"),
+        ("NVIDIA H100", ["exec.dtype=bfloat16", "model.head_channels=8"], None),
+        ("NVIDIA H100", ["exec.dtype=bfloat16", "model.heads=1"], None),
+    ],
+)
+def test_fused_attention_says_what_it_needs(kind, settings, why, monkeypatch):
+    """The network is tiny, with 16 channels at its one level with attention."""
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    settings = ["model.heads=4", *settings, "exec.attention=fused"]
+    config = load_config("tiny", [f"--config.{setting}" for setting in settings])
+    model = make_model(config.model, config.exec)
+    if why is None:
+        return check_shape(model)
+    with pytest.raises(InvalidValue, match=f"config.exec.attention='fused' .*{why}"):
+        check_shape(model)
