@@ -19,6 +19,7 @@ forward pass, and stand beside a product of two 2048×2048 matrices in the same 
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -70,9 +71,10 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     from timing import products
 
     from jdm import convert
-    from jdm.mesh import by_row, make_mesh, replicated, to_global
+    from jdm.mesh import make_mesh, replicated, to_global
+    from jdm.nn.model import weight_shapes
     from jdm.numerics import key_of
-    from jdm.trainer import abstract_batch
+    from jdm.trainer import compile_step
     from jdm.training.build import build
 
     config, mesh = config_of(recipe), make_mesh()
@@ -88,7 +90,9 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     raw, logits = jax.jit(run.model.apply)(weights, *inputs)
     np.savez(folder / "jdm.npz", raw=np.moveaxis(raw, 3, 1), logits=logits)
     batch = to_global(images_of(config, config.data.batch_size), mesh)
-    step = run.step.lower(run.state, abstract_batch(config, by_row(mesh)), root).compile()
+    del weights, leaves  # copies of the parameters would count as memory of the step
+    with contextlib.redirect_stdout(sys.stderr):
+        step = compile_step(config, run, mesh, root)
     square = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(lambda a: a @ a)
 
@@ -105,6 +109,7 @@ def serve_jdm(recipe: str, folder: Path) -> None:
             lambda w, x, t: apply(w, x, t)[0],
             lambda w, x, t: apply(w, apply(w, x, t, method="encode"), t, method="classify"),
         ]
+        weights = weight_shapes(run.model)
         return 3 * sum(products(jax.make_jaxpr(one)(weights, x, t).jaxpr) for one in passes)
 
     def memory():

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from jdm.files import home
 from jdm.messages import say
@@ -32,12 +33,24 @@ def keep_memory() -> None:
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
+    if mallopt := _of_glibc("mallopt"):
+        mallopt(M_MMAP_MAX, 0)  # no mapping of its own for a large array
+        mallopt(M_TRIM_THRESHOLD, -1)  # nothing at the end of the heap is returned
+
+
+def release_memory() -> None:
+    """Returns memory that was freed to the system. Compiling a program takes more than a gigabyte,
+    in small pieces between which a program's own memory does not fit."""
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """The function of the C library; None where it has none of this name."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # TypeError: on Windows
-        return
-    mallopt(M_MMAP_MAX, 0)  # no mapping of its own for a large array
-    mallopt(M_TRIM_THRESHOLD, -1)  # nothing at the end of the heap is returned
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # TypeError: on Windows
+        return None
 
 
 def use_compilation_cache() -> None:

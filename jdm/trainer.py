@@ -30,6 +30,7 @@ from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
+from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
 from jdm.training.build import Run, build, learning_rate
@@ -239,6 +240,7 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
     say(f"compiling the training step: {count:,} parameters, {images}, {devices}", STDOUT)
     started, needs = time.monotonic(), ""
     compiled = run.step.lower(run.state, batch, root).compile()
+    release_memory()
     if (memory := compiled.memory_analysis()) is not None:
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
