@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from jdm import checkpoint
 from jdm.config import config_to_dict
 from jdm.errors import InvalidValue
-from jdm.files import local_path, whole_folder, write_whole
+from jdm.files import local_path, new_folder, whole_folder, write_whole
 from jdm.joint import Joint, as_joint
 from jdm.mesh import local_mesh
 from jdm.messages import STDOUT, say
@@ -199,10 +199,7 @@ def from_file(
     Raises InvalidValue as `load_weights` does, and for a folder that is not empty. Raises
     CheckpointError where the weights cannot be saved.
     """
-    workdir = Path(local_path("workdir", workdir))
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        taken = "exists and is not empty; a new folder is needed"
-        raise InvalidValue("workdir", str(workdir), taken)
+    workdir = new_folder("workdir", workdir)
     local_mesh()  # raises InvalidValue where JAX cannot start
     weights = load_weights(path, config, without_head=without_head)
     settings = config_to_dict(config)

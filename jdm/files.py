@@ -84,6 +84,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def new_folder(parameter: str, path: str | os.PathLike) -> Path:
+    """The path, see `local_path`, of a folder that does not exist yet, or is empty. Makes nothing.
+
+    Raises InvalidValue, about the parameter, where it is anything else.
+    """
+    folder = Path(local_path(parameter, path))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        taken = "exists and is not empty; a new folder is needed"
+        raise InvalidValue(parameter, str(folder), taken)
+    return folder
+
+
 def local_path(parameter: str, path: str | os.PathLike) -> str:
     """The path in the file system that a user's text stands for: ~, $NAME and ${NAME} are expanded,
     file:///x is /x. Anything else stays as it is ("./digits" too).

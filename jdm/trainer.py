@@ -25,11 +25,12 @@ from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue, first_ten
-from jdm.files import local_path, only_job, read_json, write_whole
+from jdm.files import local_path, new_folder, only_job, read_json, write_whole
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
+from jdm.profiling import StepTrace
 from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
@@ -49,17 +50,20 @@ def train(
     *,
     dry_run: bool = False,
     other_data: bool = False,
+    profile: str | os.PathLike | None = None,
 ) -> None:
     """Trains a model, or resumes from the work folder's last checkpoint.
 
     dry_run: build and compile, print the memory needed, write nothing. other_data: resume even
-    where the data has other images, labels or names of classes than the checkpoint says.
+    where the data has other images, labels or names of classes than the checkpoint says. profile: a
+    folder to which a trace of some steps is written, see `profiling.StepTrace`.
 
     Raises InvalidValue for values of the config that do not fit together or differ from those of
     the work folder, and for other data; CheckpointError where saving fails, DataError where the
     data cannot be read, NonFiniteError where the loss is not finite.
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
+    traces = None if profile is None else new_folder("profile", profile)
     mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)
@@ -75,7 +79,7 @@ def train(
 
     workdir.mkdir(parents=True, exist_ok=True)
     with only_job(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        _train(config, workdir, run, mesh, root, source, other_data, started)
+        _train(config, workdir, run, mesh, root, source, other_data, started, traces)
 
 
 def _train(
@@ -87,6 +91,7 @@ def _train(
     source: Joint | None,
     other_data: bool,
     started: float,
+    traces: Path | None,
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
@@ -111,10 +116,13 @@ def _train(
     with (
         MetricLog(workdir, start, started) as log,
         Progress(config.train.steps * rows, "training", "images", start * rows) as progress,
+        StepTrace(traces, start + 1, config.train.steps) as traced,
     ):
         since = time.monotonic()
         for done in range(start + 1, config.train.steps + 1):
-            state, metrics = step(state, to_global(next(batches), mesh), root)
+            with traced.step(done) as results:
+                state, metrics = step(state, to_global(next(batches), mesh), root)
+                results.append(metrics)
             pending.append(metrics)
             progress.advance(rows)
 

@@ -49,7 +49,7 @@ test_numerics test_step test_bfloat16 test_editing test_samplers test_extending 
 test_model test_joint test_augment test_sampler_order test_guided_diffusion test_pretrained
 test_version_0 test_splits test_pipeline test_unet test_workdir test_checkpoint_failures
 test_class_names test_request test_metrics test_evaluators test_reverse_step test_guidance
-test_heads test_paths test_messages test_environment
+test_heads test_paths test_messages test_environment test_profiling
 """.split()
 
 

@@ -3,9 +3,10 @@
 import argparse
 
 from jdm import startup
-from jdm.cli.shared import CHECKPOINT, check_parent, load_joint
+from jdm.cli.shared import CHECKPOINT, add_profile, check_parent, load_joint
 from jdm.diffusion.method import OPTIONS, help_of, method_of
 from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.files import new_folder
 from jdm.messages import STDOUT, say
 from jdm.sampling.labels import cycled, parse_labels, parse_numbers
 
@@ -34,6 +35,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     text = "a .png, a .gif of the trajectory, an .npz, or a folder of images (samples.png)"
     add("--out", default="samples.png", help=text)
     add("--resume", action="store_true", help="continue an interrupted run to the same --out")
+    add_profile(command, "the sampling of one batch, which is generated once more for that")
     text = (
         "this process is one of several hosts that run the same command; needs the next three "
         "flags, except on TPU pods and under Slurm"
@@ -52,11 +54,12 @@ def run(arguments: argparse.Namespace) -> None:
     method = method_of(None, given)
     out = check_parent("out", arguments.out)
     _check_hosts(arguments)
+    traces = arguments.profile and new_folder("profile", arguments.profile)
 
     startup.set_up()
     if arguments.distributed:
         _join_hosts(arguments)
-    from jdm.sampling import runs
+    from jdm.sampling import generate, runs
     from jdm.sampling.request import check_request
     from jdm.sampling.samples import check_format
 
@@ -80,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise (error.about("checkpoint") if error.parameter == "joint" else error) from None
     paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
     settings = request.settings(joint, **paths)
+    if traces:
+        generate.profile(joint, request, batch_size, traces)
     done = runs.run(joint, request, settings, out, resume=arguments.resume, batch_size=batch_size)
     say(f"wrote {n} images to {out}" if done else f"{out} is complete already", STDOUT)
 

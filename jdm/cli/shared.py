@@ -40,6 +40,12 @@ def add_other_data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--other-data", action="store_true", help=text)
 
 
+def add_profile(command: argparse.ArgumentParser, what: str) -> None:
+    """The flag --profile. what: of which a trace is written."""
+    text = f"a new or empty folder for a trace of {what}, which xprof opens"
+    command.add_argument("--profile", help=text)
+
+
 def load_joint(flag: str, path: str) -> "Joint":
     """The model at the path that a flag names. Raises InvalidValue where it cannot be loaded."""
     from jdm.checkpoint import CheckpointError

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from jdm import startup
-from jdm.cli.shared import add_config, add_other_data
+from jdm.cli.shared import add_config, add_other_data, add_profile
 from jdm.config import load_config
 from jdm.errors import InvalidValue
 from jdm.files import local_path
@@ -18,6 +18,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workdir", required=True, help="the folder of checkpoints and metrics")
     command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
     add_other_data(command)
+    add_profile(command, "a few training steps")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,5 +29,6 @@ def run(arguments: argparse.Namespace) -> None:
     startup.set_up()
     from jdm import trainer
 
-    options = dict(dry_run=arguments.dry_run, other_data=arguments.other_data)
+    names = ("dry_run", "other_data", "profile")
+    options = {name: getattr(arguments, name) for name in names}
     trainer.train(config, workdir, **options)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from jdm.joint import Joint
 from jdm.mesh import local_mesh, replicated
+from jdm.profiling import trace
 from jdm.sampling import programs
 from jdm.sampling.request import Request
 from jdm.sampling.samples import Samples
@@ -82,3 +84,13 @@ def make_generator(
             progress.advance(count)
 
     return rows, batches
+
+
+def profile(joint: Joint, request: Request, batch_size: int | None, folder: Path) -> None:
+    """Writes a trace of the sampling of the request's first batch to a folder."""
+    rows, batches = make_generator(joint, request, batch_size)
+    first = request.part(slice(0, rows))
+    count = len(first.seeds)
+    with Progress(count, "tracing", "images") as progress, trace(folder, f"{count} images"):
+        for _ in batches(first, progress):
+            pass
