@@ -4,6 +4,7 @@ A contender is a script that calls `serve`. It starts, compiles, and then does w
 request at a time, so that the others are idle meanwhile. Its memory is the peak of its process.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -32,10 +33,11 @@ class Contender:
     def ask(self, request: str) -> Any:
         """The answer to a request. Raises RuntimeError where the process has ended."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
-        if not line:
+        if not line:  # -9 is often for lack of memory
             raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}")
         return json.loads(line)
 

@@ -27,38 +27,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from contenders import KEEPS_MEMORY, Contender, peak_memory, serve, timed
-
-RECIPES = {  # name: (config, overrides, images in a batch)
-    "cifar10": ("reference/cifar10", (), 16),
-    "fashion_mnist": ("reference/fashion_mnist", (), 16),
-    "fashion_mnist, C 32": ("reference/fashion_mnist", ("model.channels=32",), 64),
-    "digits": ("digits", ("model.head=published",), 32),
-}
-COMPARED = 4  # images in the comparison of outputs
-SETTINGS = {"jdm": {}, "published": {}, "tuned": KEEPS_MEMORY, "compiled": KEEPS_MEMORY}
-
-
-def config_of(recipe: str):
-    from jdm.config import load_config
-
-    name, overrides, batch = RECIPES[recipe]
-    fixed = ("loss.augment=none", "loss.classify=clean", f"data.batch_size={batch}")
-    return load_config(name, [f"--config.{setting}" for setting in (*overrides, *fixed)])
-
-
-def images_of(config, rows: int) -> dict[str, np.ndarray]:
-    rng, model = np.random.default_rng(0), config.model
-    shape = (rows, model.image_size, model.image_size, model.image_channels)
-    labels = rng.integers(0, model.num_classes, rows).astype(np.int32)
-    return {"image": rng.integers(0, 256, shape).astype(np.uint8), "label": labels}
-
-
-def compared_inputs(config) -> tuple[np.ndarray, np.ndarray]:
-    """(x, t) of which the outputs are compared."""
-    images = images_of(config, COMPARED)["image"]
-    t = np.linspace(0, config.diffusion.steps - 1, COMPARED).astype(np.int32)
-    return images.astype(np.float32) / 127.5 - 1, t
+from contenders import peak_memory, serve, timed
+from twins import RECIPES, SETTINGS, config_of, images_of, of_jdm, of_torch, start
 
 
 def serve_jdm(recipe: str, folder: Path) -> None:
@@ -70,27 +40,17 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     import jax.numpy as jnp
     from timing import products
 
-    from jdm import convert
     from jdm.mesh import make_mesh, replicated, to_global
     from jdm.nn.model import weight_shapes
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
     from jdm.training.build import build
+    from jdm.training.warm import warm_started
 
     config, mesh = config_of(recipe), make_mesh()
     run, root = build(config, replicated(mesh)), key_of(0)
-    state = run.init(root)
-    leaves, structure = jax.tree.flatten(state.params)
-    keys = jax.random.split(key_of(1), len(leaves))  # no layer stays at 0
-    leaves = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    state = state.replace(params=jax.tree.unflatten(structure, leaves))
-    weights = {"params": state.params, "batch_stats": state.batch_stats}
-    np.savez(folder / "weights.npz", **convert.state_dict(run.model, jax.device_get(weights)))
-    inputs = [jnp.asarray(given) for given in compared_inputs(config)]
-    raw, logits = jax.jit(run.model.apply)(weights, *inputs)
-    np.savez(folder / "jdm.npz", raw=np.moveaxis(raw, 3, 1), logits=logits)
+    state = warm_started(run.init(root), of_jdm(config, folder)[1])
     batch = to_global(images_of(config, config.data.batch_size), mesh)
-    del weights, leaves  # copies of the parameters would count as memory of the step
     with contextlib.redirect_stdout(sys.stderr):
         step = compile_step(config, run, mesh, root)
     square = jnp.ones((2048, 2048), jnp.float32)
@@ -102,7 +62,7 @@ def serve_jdm(recipe: str, folder: Path) -> None:
         jax.block_until_ready((state, metrics))
 
     def flops():
-        x = jnp.zeros((config.data.batch_size, *inputs[0].shape[1:]))
+        x = jnp.zeros(batch["image"].shape)
         t = jnp.zeros(len(x), jnp.int32)
         apply = run.model.clone(attention_implementation="xla").apply
         passes = [
@@ -124,34 +84,18 @@ def serve_torch(recipe: str, folder: Path, name: str) -> None:
     """Reads the weights from the folder, writes its outputs there, then serves steps."""
     import torch
     from torch.nn import functional
-    from torch_network import Network
+
+    from jdm.diffusion.process import SCHEDULES
 
     config, tuned = config_of(recipe), name != "published"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Network(config.model, fused=tuned).to(device)
-    with np.load(folder / "weights.npz") as arrays:
-        network.load_state_dict({k: torch.from_numpy(arrays[k]) for k in arrays})
-    layout = torch.channels_last if tuned else torch.contiguous_format
-    network = network.to(memory_format=layout)
-
-    def on_device(x: np.ndarray) -> "torch.Tensor":
-        return torch.from_numpy(np.moveaxis(x, 3, 1).copy()).to(device, memory_format=layout)
-
-    x, t = compared_inputs(config)
-    with torch.no_grad():
-        x, t, net = on_device(x), torch.from_numpy(t).to(device), network.eval()
-        features = net.encode(x, t)
-        raw, logits = net.decode(*features, t), net.classify(*features, t)
-    np.savez(folder / f"{name}.npz", raw=raw.cpu().numpy(), logits=logits.cpu().numpy())
-
+    network, on_device = of_torch(config, folder, name)
+    device = next(network.parameters()).device
     network.train()
     ema = [p.detach().clone() for p in network.parameters()]
     optim = config.optim
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=tuned
     )
-    from jdm.diffusion.process import SCHEDULES
-
     betas = SCHEDULES[config.diffusion.schedule](config.diffusion.steps)
     abar = torch.from_numpy(np.cumprod(1 - np.asarray(betas, np.float64))).float().to(device)
     batch = images_of(config, config.data.batch_size)
@@ -200,17 +144,7 @@ def serve_torch(recipe: str, folder: Path, name: str) -> None:
 def measure(recipe: str, names: list[str], rounds: int) -> dict:
     """The figures of one recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {}
-        for name in names:
-            arguments = (
-                __file__,
-                f"--contender={name}",
-                f"--recipe={recipe}",
-                f"--folder={folder}",
-            )
-            contenders[name] = Contender(*arguments, environment=SETTINGS[name])
-            contenders[name].ask("memory")  # the weights, or the outputs, are there
-            check_same(Path(folder), name)
+        contenders = start(__file__, recipe, names, folder)
         ours, times, products = contenders["jdm"], {name: [] for name in names}, []
         first = {name: contender.ask("step") for name, contender in contenders.items()}
         for name, contender in contenders.items():  # torch.compile warms up over two steps
@@ -230,15 +164,6 @@ def measure(recipe: str, names: list[str], rounds: int) -> dict:
         "gflops": flops / statistics.median(times["jdm"]) / 1e9,
         "product_gflops": 2 * 2048**3 / statistics.median(products) / 1e9,
     }
-
-
-def check_same(folder: Path, name: str) -> None:
-    """Raises SystemExit where the outputs of a contender are not those of jdm."""
-    ours, theirs = np.load(folder / "jdm.npz"), np.load(folder / f"{name}.npz")
-    for output in ("raw", "logits"):
-        error = np.abs(ours[output] - theirs[output]).max() / np.abs(ours[output]).max()
-        if not error < 1e-3:
-            sys.exit(f"{name}: {output} differs from ours by {error:.1e} of its largest value")
 
 
 def show(recipe: str, figures: dict) -> None:
