@@ -22,7 +22,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def products(jaxpr: Any) -> int:
-    """Floating-point operations of the products and convolutions of a jaxpr without loops."""
+    """Floating-point operations of the matrix products and convolutions of a jaxpr."""
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -35,5 +35,6 @@ def products(jaxpr: Any) -> int:
             *terms, _ = shapes[1]  # a kernel [size, size, in, out]
             total += 2 * math.prod(terms) * math.prod(equation.outvars[0].aval.shape)
         for inner in parameters.values():
-            total += products(inner.jaxpr) if hasattr(inner, "jaxpr") else 0
+            times = parameters.get("length", 1)  # of a loop
+            total += times * products(inner.jaxpr) if hasattr(inner, "jaxpr") else 0
     return total
