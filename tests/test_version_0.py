@@ -4,19 +4,23 @@ tests/fixtures/version_0 was written by the code before version 1 (revision 7921
 
     jdm train --config=tiny --workdir=version_0 --config.train.steps=2 <FLAGS, with the old names>
 
-expected.json has the metrics that this code logged for steps 3 and 4, when the run was resumed.
+expected.json has the metrics that this code logged for steps 3 and 4, when the run was resumed. It
+drew dropout by JAX's generator, as Flax does, and so does the test that compares them.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jdm
 from jdm import checkpoint, trainer
 from jdm.config import load_config
+from jdm.nn import layers
 from jdm.tracking import read_metrics
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0"
@@ -47,7 +51,14 @@ def test_a_work_folder_of_version_0_loads(workdir):
     assert config == load_config("tiny", [*FLAGS, "--config.train.steps=2"])
 
 
-def test_a_run_of_version_0_resumes_with_the_same_losses(workdir):
+def flax_dropout(x, key, rate):
+    """`layers.dropout`, with the random numbers of Flax's."""
+    kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def test_a_run_of_version_0_resumes_with_the_same_losses(workdir, monkeypatch):
+    monkeypatch.setattr(layers, "dropout", flax_dropout)
     trainer.train(load_config("tiny", [*FLAGS, "--config.train.steps=4"]), workdir)
     rows = read_metrics(workdir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -47,14 +47,15 @@ def _forward(q, k, v):
 
     def of_head(head):
         queries, k, v = head
+        v1 = _with(v, jnp.ones_like(v[:, :1]))  # the product then includes the sums of the weights
 
         def of_part(q):
             scores = _scores(q, k)
             top = scores.max(axis=-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = weights.sum(axis=-1, keepdims=True)
-            out = (weights.astype(v.dtype) @ v) / total.astype(v.dtype)
-            return out, top + jnp.log(total)
+            weights = jnp.exp(scores - top).astype(v.dtype)
+            sums = jnp.matmul(weights, v1, preferred_element_type=jnp.float32)
+            out, total = sums[:, :-1], sums[:, -1:]
+            return (out / total).astype(v.dtype), top + jnp.log(total)
 
         return jax.lax.map(of_part, queries)
 
@@ -70,15 +71,16 @@ def _backward(kept, gradient):
 
     def of_head(head):
         k, v, *parts = head
+        v1 = _with(v, jnp.ones_like(v[:, :1])).astype(jnp.float32)
 
         def of_part(sums, part):
             q, out, log_sums, gradient = part
             weights = jnp.exp(_scores(q, k) - log_sums)
             d = (out * gradient).astype(jnp.float32).sum(axis=-1, keepdims=True)
-            errors = weights * ((gradient @ v.T).astype(jnp.float32) - d) * scale
+            errors = weights * (_with(gradient, -d) @ v1.T)  # with the scale below, dS
             weights, errors = weights.astype(v.dtype), errors.astype(q.dtype)
-            more = errors.T @ q, weights.T @ gradient
-            return jax.tree.map(jnp.add, sums, more), errors @ k
+            more = errors.T @ (q * scale), weights.T @ gradient
+            return jax.tree.map(jnp.add, sums, more), errors @ (k * scale)
 
         (dk, dv), dq = jax.lax.scan(of_part, (jnp.zeros_like(k), jnp.zeros_like(v)), parts)
         return dq, dk, dv
@@ -89,6 +91,11 @@ def _backward(kept, gradient):
 
 
 chunked.defvjp(_forward, _backward)
+
+
+def _with(x: Float[Array, "p d"], more: Float[Array, "p 1"]) -> Float[Array, "p d1"]:
+    """x with one more channel."""
+    return jnp.concatenate([x, more], axis=-1)
 
 
 def _scores(q: Float[Array, "q d"], k: Float[Array, "p d"]) -> Float[Array, "q p"]:
