@@ -1,6 +1,6 @@
 """One denoising step of the published recipes, against the same network in PyTorch.
 
-    python benchmarks/sample_step.py [--recipes='cifar10;fashion_mnist'] [--rounds=9] [--out=FILE]
+    python benchmarks/sample_step.py [--recipes=cifar10,fashion_mnist] [--rounds=9] [--out=FILE]
 
 A denoising step is one estimate of the noise for a batch at a middle t; what a sampler adds to it
 is small. The contenders, the comparison of their outputs and the meaning of a ratio are those of
@@ -17,7 +17,17 @@ from pathlib import Path
 
 import numpy as np
 from contenders import serve, timed
-from twins import RECIPES, SETTINGS, config_of, images_of, of_jdm, of_torch, start
+from twins import (
+    RECIPES,
+    SETTINGS,
+    add_flags,
+    chosen,
+    config_of,
+    images_of,
+    of_jdm,
+    of_torch,
+    start,
+)
 
 SCALE = 1000.0  # of the published update
 
@@ -115,24 +125,20 @@ def main() -> None:
     from timing import spread
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", default="", help=f"of {list(RECIPES)}, by ';'; all of them")
-    parser.add_argument("--names", default=",".join(SETTINGS), help="contenders")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", help="a file for the figures as JSON")
-    for name in ("contender", "recipe", "folder"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    add_flags(parser, rounds=9)
     arguments = parser.parse_args()
     if arguments.contender == "jdm":
         return serve_jdm(arguments.recipe, Path(arguments.folder))
     if arguments.contender:
         return serve_torch(arguments.recipe, Path(arguments.folder), arguments.contender)
 
-    recipes = arguments.recipes.split(";") if arguments.recipes else list(RECIPES)
+    recipes = chosen(parser, arguments.recipes, RECIPES)
+    names = chosen(parser, arguments.names, SETTINGS)
     print("| recipe, images | contender, guidance | seconds | its time : jdm, none |")
     print("|---|---|---|---|")
     found = {}
     for recipe in recipes:
-        found[recipe] = measure(recipe, arguments.names.split(","), arguments.rounds)
+        found[recipe] = measure(recipe, names, arguments.rounds)
         for row, times in found[recipe].items():
             ratios = [a / b for a, b in zip(times, found[recipe]["jdm, none"], strict=True)]
             cells = [f"{recipe}, {RECIPES[recipe][2]}", row, f"{statistics.median(times):.3g}"]

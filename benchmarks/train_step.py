@@ -28,7 +28,17 @@ from pathlib import Path
 
 import numpy as np
 from contenders import peak_memory, serve, timed
-from twins import RECIPES, SETTINGS, config_of, images_of, of_jdm, of_torch, start
+from twins import (
+    RECIPES,
+    SETTINGS,
+    add_flags,
+    chosen,
+    config_of,
+    images_of,
+    of_jdm,
+    of_torch,
+    start,
+)
 
 
 def serve_jdm(recipe: str, folder: Path) -> None:
@@ -181,24 +191,20 @@ def show(recipe: str, figures: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", default="", help=f"of {list(RECIPES)}, by ';'; all of them")
-    parser.add_argument("--names", default=",".join(SETTINGS), help="contenders")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="a file for the figures as JSON")
-    for name in ("contender", "recipe", "folder"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    add_flags(parser, rounds=5)
     arguments = parser.parse_args()
     if arguments.contender == "jdm":
         return serve_jdm(arguments.recipe, Path(arguments.folder))
     if arguments.contender:
         return serve_torch(arguments.recipe, Path(arguments.folder), arguments.contender)
 
-    recipes = arguments.recipes.split(";") if arguments.recipes else list(RECIPES)
+    recipes = chosen(parser, arguments.recipes, RECIPES)
+    names = chosen(parser, arguments.names, SETTINGS)
     print("| recipe, images | contender | seconds a step | its time : ours | GiB | GFLOP/s |")
     print("|---|---|---|---|---|---|")
     found = {}
     for recipe in recipes:
-        found[recipe] = measure(recipe, arguments.names.split(","), arguments.rounds)
+        found[recipe] = measure(recipe, names, arguments.rounds)
         show(recipe, found[recipe])
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(found, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """One network in jdm and in PyTorch, with the same weights: what the contenders have in common."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from contenders import KEEPS_MEMORY, Contender
 RECIPES = {  # name: (config, overrides, images in a batch)
     "cifar10": ("reference/cifar10", (), 16),
     "fashion_mnist": ("reference/fashion_mnist", (), 16),
-    "fashion_mnist, C 32": ("reference/fashion_mnist", ("model.channels=32",), 32),
+    "fashion_mnist_c32": ("reference/fashion_mnist", ("model.channels=32",), 32),
     "digits": ("digits", ("model.head=published",), 32),
 }
 COMPARED = 4  # images in the comparison of outputs
@@ -87,6 +88,26 @@ def of_torch(config, folder: Path, name: str) -> tuple[Any, Any]:
         raw, logits = network.decode(*features, t), network.classify(*features, t)
     np.savez(folder / f"{name}.npz", raw=raw.cpu().numpy(), logits=logits.cpu().numpy())
     return network, on_device
+
+
+def add_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The flags of both benchmarks, and those with which a contender is started."""
+    add = parser.add_argument
+    add("--recipes", default=",".join(RECIPES), help="(%(default)s)")
+    add("--names", default=",".join(SETTINGS), help="contenders (%(default)s)")
+    add("--rounds", type=int, default=rounds, help="(%(default)s)")
+    add("--out", help="a file for the figures as JSON")
+    for name in ("contender", "recipe", "folder"):
+        add(f"--{name}", help=argparse.SUPPRESS)
+
+
+def chosen(parser: argparse.ArgumentParser, text: str, known: dict) -> list[str]:
+    """The names in a flag's text; ends the script where one is not known."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            parser.error(f"{name!r} is unknown; known: {', '.join(known)}")
+    return names
 
 
 def start(script: str, recipe: str, names: list[str], folder: str) -> dict[str, Contender]:

@@ -64,6 +64,8 @@ def train(
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     traces = None if profile is None else new_folder("profile", profile)
+    if traces and dry_run:
+        raise InvalidValue("profile", str(traces), "does not go with dry_run, which runs no step")
     mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)
@@ -97,7 +99,8 @@ def _train(
     last = checkpoint.newest_whole(workdir)
     write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
     if last is not None and last >= config.train.steps:
-        say(f"{workdir} is trained already: {last} of {config.train.steps} steps", STDOUT)
+        untraced = ", so that there is nothing to trace" if traces else ""
+        say(f"{workdir} is trained already: {last} of {config.train.steps} steps{untraced}", STDOUT)
         return
     batches, evaluated = read_data(config)
     dataset = identity_of_run(config.data, ReadOptions.of(config.data, config.model))

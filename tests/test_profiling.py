@@ -76,3 +76,10 @@ def test_a_folder_with_something_in_it_is_refused_before_any_work(command, run, 
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--profile='{tmp_path}' exists and is not empty" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_has_no_step_to_trace(run, tmp_path):
+    flags = ["--config=tiny", "--dry-run", f"--workdir={tmp_path}/run", f"--profile={tmp_path}/new"]
+    done = run("train", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "does not go with dry_run" in done.stderr and not any(tmp_path.iterdir())
