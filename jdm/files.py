@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,15 +85,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def new_folder(parameter: str, path: str | os.PathLike) -> Path:
-    """The path, see `local_path`, of a folder that does not exist yet, or is empty. Makes nothing.
+def new_folder(parameter: str, path: str | os.PathLike, make: bool = False) -> Path:
+    """The path, see `local_path`, of a folder that does not exist yet, or is empty.
 
-    Raises InvalidValue, about the parameter, where it is anything else.
+    make: whether it is made here, so that a folder that cannot be written is known before any work.
+    Raises InvalidValue, about the parameter, where it is anything else, or cannot be made.
     """
     folder = Path(local_path(parameter, path))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         taken = "exists and is not empty; a new folder is needed"
         raise InvalidValue(parameter, str(folder), taken)
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InvalidValue(parameter, str(folder), f"cannot be written: {error.strerror}") from None
     return folder
 
 

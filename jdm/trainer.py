@@ -63,9 +63,9 @@ def train(
     data cannot be read, NonFiniteError where the loss is not finite.
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
-    traces = None if profile is None else new_folder("profile", profile)
-    if traces and dry_run:
-        raise InvalidValue("profile", str(traces), "does not go with dry_run, which runs no step")
+    if profile is not None and dry_run:
+        raise InvalidValue("profile", str(profile), "does not go with dry_run, which runs no step")
+    traces = None if profile is None else new_folder("profile", profile, make=True)
     mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)

@@ -55,5 +55,7 @@ def test_every_command_of_the_docs_is_whole():
                 load_config(config, overrides)
         else:
             source = (ROOT / words[1]).read_text()
+            if "add_flags(parser" in source:  # flags that two scripts share
+                source += (ROOT / "benchmarks" / "twins.py").read_text()
             for flag in (word.partition("=")[0] for word in words[2:] if word[0] == "-"):
                 assert f'"{flag}"' in source, words

@@ -83,3 +83,16 @@ def test_a_dry_run_has_no_step_to_trace(run, tmp_path):
     done = run("train", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "does not go with dry_run" in done.stderr and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command, run, tmp_path):
+    (tmp_path / "file").touch()
+    flags = {
+        "train": ["--config=tiny", f"--workdir={tmp_path}/run"],
+        "sample": ["--checkpoint=digits", f"--out={tmp_path}/out.png"],
+    }
+    done = run(command, *flags[command], f"--profile={tmp_path}/file/new")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--profile='{tmp_path}/file/new' cannot be written: Not a directory" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     method = method_of(None, given)
     out = check_parent("out", arguments.out)
     _check_hosts(arguments)
-    traces = arguments.profile and new_folder("profile", arguments.profile)
+    traces = arguments.profile and new_folder("profile", arguments.profile, make=True)
 
     startup.set_up()
     if arguments.distributed:
