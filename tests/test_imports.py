@@ -21,6 +21,14 @@ def test_import_jdm_and_configs_without_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_help_is_printed_without_numpy():
+    code = (
+        "import sys; from jdm.cli import parser; parser().format_help(); "
+        "assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_folder_of_modules_is_a_package():
     """setup.cfg finds packages by their __init__.py; a folder without one is not installed."""
     folders = {path.parent for path in ROOT.glob("jdm/**/*.py")}
