@@ -2,7 +2,7 @@
 
     import jdm
     joint = jdm.load("digits")  # or a work folder: "runs/digits"
-    samples = jdm.sample(joint, labels=[3, 3, 5], seeds=range(3), guidance="representation")
+    samples = jdm.sample(joint, labels=[3, 3, 5], seeds=range(3))
     jdm.classify(joint, samples.images)
 
 A name is imported when it is first used, so that `import jdm` takes no time.

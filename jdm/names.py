@@ -81,7 +81,7 @@ T_SAMPLERS = Names(["uniform", "loss_second_moment"])
 SAMPLERS = Names(["ancestral", "ddim", "dpmpp_2m", "heun"])
 SPACINGS = Names(["uniform", "quadratic", "log_snr"])
 THRESHOLDS = Names(["none", "static", "dynamic"])
-GUIDANCE = Names(["none", "pixel", "representation", "both", "published"])
+GUIDANCE = Names(["none", "pixel", "representation", "published"])
 SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)

@@ -159,7 +159,7 @@ def test_what_is_typed_wrong_is_one_sentence_and_status_2(run, argv, said, tmp_p
         (["--seeds=0-9999999999"], "--seeds='0-9999999999' has 9999999999; it must be below 2**32"),
         (["--seeds=9-5,0"], "--seeds='9-5,0' has the range 9-5, whose end is before its start"),
         (
-            ["--labels=1", "--guidance=both", "--blocks=top"],
+            ["--labels=1", "--guidance=representation", "--blocks=top"],
             "--blocks='top' is unknown; known: mid",
         ),
         (["--steps=10,60"], "--steps='10,60' asks for 60 of the 25"),

@@ -28,22 +28,24 @@ networks, out = sys.argv[1:]
 images = {}
 
 
-def sample(name, joint, guidance, **more):
-    options = dict(labels=np.arange(100) % 10, seeds=range(7000, 7100), guidance=guidance)
-    options |= dict(sampler="ancestral", steps=10, batch_size=100) | more
-    for sign in (1, -1):
-        scale = sign * GUIDANCE[guidance].default_scale
-        images[f"{name} {guidance} {sign:+}"] = jdm.sample(joint, scale=scale, **options).images
+def sample(name, joint, guidance=None, **more):
+    # 200 images with the defaults of jdm.sample, and 50 with the negative of the default scale.
+    scale = GUIDANCE[guidance or "pixel"].default_scale
+    for count, sign in ((200, {}), (50, dict(scale=-scale))):
+        options = dict(labels=np.arange(count) % 10, seeds=range(7000, 7000 + count), batch_size=50)
+        options |= more | sign | (dict(guidance=guidance) if guidance else {})
+        found = jdm.sample(joint, **options).images
+        images[f"{name} {guidance or 'default'} {'away' if sign else 'toward'}"] = found
 
 
-for guidance in ("pixel", "representation"):
-    sample("eps", f"{networks}/eps", guidance)
-sample("v", f"{networks}/v", "representation")
+for name in ("eps", "v"):
+    sample(name, f"{networks}/{name}")
+    sample(name, f"{networks}/{name}", "representation")
 digits = jdm.load("digits")
 head = jax.tree.map(np.zeros_like, digits.params["head"])  # its own classifier tells nothing
 params = digits.params | {"head": head}
 headless = dataclasses.replace(digits, weights=digits.weights | {"params": params})
-sample("another", headless, "pixel", classifier=f"{networks}/v")
+sample("another", headless, classifier=f"{networks}/v")
 np.savez(out, **images)
 """
 
@@ -62,22 +64,22 @@ def classifiers():
     return ReferenceClassifiers(*load_split("digits", "train"))
 
 
-# For v no sign of the feature perturbation suits every noise level (jdm.diffusion.process).
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("eps pixel", 0.85),
-        ("eps representation", 0.65),
-        ("v representation", 0.35),
-        ("another pixel", 0.85),
+        ("eps default", 0.85),
+        ("eps representation", 0.85),
+        ("v default", 0.85),
+        ("v representation", 0.85),
+        ("another default", 0.85),
     ],
 )
 def test_a_positive_scale_moves_the_image_toward_the_class_and_a_negative_one_away(
     images, classifiers, name, least
 ):
-    labels = np.arange(100) % 10
-    assert min(classifiers.agreement(images[f"{name} +1"], labels).values()) >= least
-    assert max(classifiers.agreement(images[f"{name} -1"], labels).values()) <= 0.03
+    toward, away = images[f"{name} toward"], images[f"{name} away"]
+    assert min(classifiers.agreement(toward, np.arange(200) % 10).values()) >= least
+    assert max(classifiers.agreement(away, np.arange(50) % 10).values()) <= 0.04
 
 
 def test_a_short_training_learns_to_denoise_and_to_classify(trained):

@@ -132,7 +132,7 @@ def test_the_last_twenty_steps_of_a_chain(run, monkeypatch):
         return run.chain_noise[len(times) - 1 - index]
 
     monkeypatch.setattr(samplers, "image_noise", stored_noise)
-    method = Method(sampler="ancestral", threshold="none")
+    method = Method(sampler="ancestral", guidance="none", threshold="none")
 
     @jax.jit
     def chain(weights, x):

@@ -10,10 +10,7 @@ from jdm.files import new_folder
 from jdm.messages import STDOUT, say
 
 HELP = "Generate images."
-EXAMPLE = (
-    "jdm sample --checkpoint=runs/digits --seeds=0-63 --labels=0,1,2 --guidance=representation "
-    "--out=samples.png"
-)
+EXAMPLE = "jdm sample --checkpoint=runs/digits --seeds=0-63 --labels=0,1,2 --out=samples.png"
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:

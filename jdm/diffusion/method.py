@@ -13,7 +13,7 @@ from typing import Any
 
 from jdm import names
 from jdm.errors import InvalidValue
-from jdm.options import ANYTHING, COUNT, FLOAT32, NUMBER, POSITIVE, TUPLE, UNIT, Option
+from jdm.options import ANYTHING, COUNT, FLOAT32, NUMBER, TEXT, TUPLE, UNIT, Option
 
 
 def _field(default: Any, help: str, rule=ANYTHING, **facts: Any) -> Any:
@@ -24,21 +24,41 @@ def _field(default: Any, help: str, rule=ANYTHING, **facts: Any) -> Any:
 @typing.no_type_check  # of the tests' run-time checker, so that Option.check reports wrong types
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How images are sampled. Raises InvalidValue for a wrong type, name or range of an option."""
+    """How images are sampled. Raises InvalidValue for a wrong type, name or range of an option.
 
-    sampler: str = _field("ddim", "the algorithm of each denoising step", names=names.SAMPLERS)
+    The default None of an option is replaced by `guidance.chosen` before anything is sampled.
+    """
+
+    sampler: str = _field(
+        None,
+        "the algorithm of each denoising step",
+        names=names.SAMPLERS,
+        kind=TEXT,
+        unset="ancestral with guidance, otherwise ddim",
+    )
     steps: int | str = _field(
-        50, "number of timesteps, or of those in each section, such as 10,10,20", kind=COUNT
+        None,
+        "number of timesteps, or of those in each section, such as 10,10,20",
+        kind=COUNT,
+        unset="20 with guidance, otherwise 50",
     )
     spacing: str = _field("uniform", "how the visited timesteps are spaced", names=names.SPACINGS)
     eta: float = _field(0.0, "noise of ddim: 0 is deterministic, 1 as noisy as ancestral", UNIT)
     threshold: str = _field(
-        "static",
+        None,
         "how estimates of the clean image are brought into [-1, 1]: clipped (static), scaled down "
         "(dynamic), or not at all (none)",
         names=names.THRESHOLDS,
+        kind=TEXT,
+        unset="static; none with published guidance",
     )
-    guidance: str = _field("none", "what steers samples toward their labels", names=names.GUIDANCE)
+    guidance: str = _field(
+        None,
+        "what steers samples toward their labels",
+        names=names.GUIDANCE,
+        kind=TEXT,
+        unset="pixel with labels, none without",
+    )
     scale: float | None = _field(
         None,
         "strength of the guidance; positive is toward the label, negative away from it",
@@ -50,9 +70,8 @@ class Method:
         "constant", "how the scale changes from noise to image", names=names.SCALE_SCHEDULES
     )
     blocks: tuple[str, ...] | None = _field(
-        None, "blocks of the perturbed features, such as mid,encoder_1_0", kind=TUPLE, unset="all"
+        None, "blocks whose features are moved, such as mid,encoder_1_0", kind=TUPLE, unset="all"
     )
-    inner_steps: int = _field(1, "number of steps of each feature perturbation", POSITIVE)
 
     def __post_init__(self):
         for name, option in OPTIONS.items():

@@ -102,47 +102,39 @@ class Prediction(NamedTuple):
     for s = t - 1, c x_0 + d x_t. to_eps: (raw, xt, a, b, c, d) -> eps. to_x0: the same for x_0;
     None where x_0 is computed from eps. target: (x0, eps, a, b, c, d) -> the regression target of
     the raw output. min_snr: (SNR, gamma) -> the weight (6) of its squared error, or None where (6)
-    defines none. perturbation: the step size r of the feature perturbation in representation
-    guidance (14a), as a share of the features' norm; positive is along the classifier's gradient.
+    defines none.
     """
 
     to_eps: Callable[..., Array]
     to_x0: Callable[..., Array] | None
     target: Callable[..., Array]
     min_snr: Callable[[Array, float], Array] | None
-    perturbation: float
 
 
-# The perturbations were chosen on models trained on the digits data set. Samples had the requested
-# class more often with a long step for eps and with a short one for v; for x0 it hardly mattered.
 PREDICTIONS: dict[str, Prediction] = names.PREDICTIONS.records(
     eps=Prediction(
         to_eps=lambda raw, xt, a, b, c, d: raw,
         to_x0=None,
         target=lambda x0, eps, a, b, c, d: eps,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / snr,
-        perturbation=-1.0,
     ),
     x0=Prediction(
         to_eps=lambda raw, xt, a, b, c, d: (xt - a * raw) / b,
         to_x0=lambda raw, xt, a, b, c, d: raw,
         target=lambda x0, eps, a, b, c, d: x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma),
-        perturbation=0.5,
     ),
     v=Prediction(  # (3)
         to_eps=lambda raw, xt, a, b, c, d: a * raw + b * xt,
         to_x0=lambda raw, xt, a, b, c, d: a * xt - b * raw,
         target=lambda x0, eps, a, b, c, d: a * eps - b * x0,
         min_snr=lambda snr, gamma: jnp.minimum(snr, gamma) / (snr + 1),
-        perturbation=-0.05,
     ),
     previous=Prediction(  # the posterior mean; its error is c times that of x_0
         to_eps=lambda raw, xt, a, b, c, d: (xt - a / c * (raw - d * xt)) / b,
         to_x0=lambda raw, xt, a, b, c, d: (raw - d * xt) / c,
         target=lambda x0, eps, a, b, c, d: c * x0 + d * (a * x0 + b * eps),
         min_snr=None,
-        perturbation=0.5,
     ),
 )
 

@@ -21,7 +21,7 @@ from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers, whole_numbers
-from jdm.sampling.request import check_request
+from jdm.sampling.request import FROM_NOISE, check_request
 from jdm.sampling.samples import Samples
 from jdm.tracking import Progress
 
@@ -50,7 +50,7 @@ def interpolate(
     Raises InvalidValue, naming the argument.
     """
     path, joint = name_of(joint), as_joint(joint)
-    method = method_of(None, options)
+    method = method_of(None, dict(sampler=FROM_NOISE) | options)
     _POINTS.check("n", n)
     seeds = whole_numbers("seeds", seeds)
     if len(seeds) != 2:
@@ -126,7 +126,7 @@ def edit(
     *,
     strength: float = 0.5,
     steps: int | str | None = None,
-    guidance: str = "representation",
+    guidance: str = "pixel",
     seeds: Numbers | None = None,
     classifier: Joint | str | os.PathLike | None = None,
     batch_size: int | None = None,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Num, UInt32
 
-from jdm.diffusion.guidance import GUIDANCE, block_mask
+from jdm.diffusion.guidance import GUIDANCE, block_mask, chosen
 from jdm.diffusion.method import Method, check_takes, plain_number
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
@@ -17,6 +17,7 @@ from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name
 from jdm.options import POSITIVE, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
+FROM_NOISE = "ddim"  # the default sampler where x_T is given: it draws no noise of its own
 _COUNT = Option(None, "a number of images", POSITIVE, kind=WHOLE)
 
 
@@ -108,8 +109,10 @@ def check_request(
     _COUNT.check("batch_size", batch_size)
     classifier_name = None if classifier is None else name_of(classifier)
     classifier = None if classifier is None else as_joint(classifier, "classifier")
-    model, guidance = joint.model, GUIDANCE[method.guidance]
+    model = joint.model
     labels, seeds = check_rows(n, labels, seeds, model.num_classes, model.multi_label)
+    method = chosen(method, labels is not None)
+    guidance = GUIDANCE[method.guidance]
     check_takes(method, "sampler", SAMPLERS)
     check_takes(method, "guidance", GUIDANCE)
     timesteps(joint.diffusion, method.steps, method.spacing, total)

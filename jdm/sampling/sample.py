@@ -1,5 +1,6 @@
 """`jdm.sample`: images of a trained model, one per seed."""
 
+import dataclasses
 import inspect
 import os
 import textwrap
@@ -13,7 +14,7 @@ from jdm.joint import Joint, as_joint, check_noise, name_of
 from jdm.numerics import fixed_flags
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers
-from jdm.sampling.request import check_request
+from jdm.sampling.request import FROM_NOISE, check_request
 from jdm.sampling.samples import Samples
 
 
@@ -56,7 +57,8 @@ def sample(
     or -1 for an image without guidance; or probabilities [N, K] whose rows sum to 1. For a
     multi-label model attributes [N, K]: 1 (on), 0 (off) or -1 (not guided).
     seeds: integers in [0, 2**32); None is 0 to N - 1. noise: x_T, finite floats [N, H, W, C], to
-    start from instead of noise drawn from the seeds; noise of later steps is still drawn from them.
+    start from instead of noise drawn from the seeds; noise of later steps is still drawn from them,
+    by a sampler that draws noise. With `noise` the default sampler is ddim, which draws none.
     classifier: the guidance classifier: a model trained on the same noise levels; None is the
     joint's own. trajectory: whether the estimates of x0 at every step are kept.
     batch_size: the most images per device and call. Batches are smaller where memory requires it.
@@ -72,12 +74,15 @@ def sample(
     if noise is not None:
         noise = np.asarray(check_noise(joint, "noise", noise))
         n = len(noise) if n is None else n
+    method = method_of(method, options)
+    if noise is not None and method.sampler is None:
+        method = dataclasses.replace(method, sampler=FROM_NOISE)
     request = check_request(
         joint,
         n,
         labels=labels,
         seeds=seeds,
-        method=method_of(method, options),
+        method=method,
         classifier=classifier,
         trajectory=trajectory,
         batch_size=batch_size,

@@ -13,7 +13,7 @@ def sample():
     """sample(eps_fn, diffusion, keys, shape, **options of Method) -> images, one for each key."""
 
     def sample(eps_fn, diffusion, keys, shape, **options):
-        method = Method(**options)
+        method = Method(**dict(sampler="ddim", steps=50, threshold="static") | options)
         times = timesteps(diffusion, method.steps, method.spacing)
         start = initial_noise(diffusion, keys, shape)
         return reverse(eps_fn, diffusion, start, keys, times, method)[0]

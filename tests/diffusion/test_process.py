@@ -254,7 +254,7 @@ def test_the_last_step_of_every_sampler_returns_the_networks_own_x0(sampler):
     diffusion, keys = Diffusion(4000, "cosine", "x0"), jax.random.split(jax.random.key(0), 4)
     own = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)), jnp.float32)
     start = initial_noise(diffusion, keys, (8, 8, 1))
-    method = Method(sampler=sampler, steps=1)
+    method = Method(sampler=sampler, steps=1, threshold="static")
     found, _ = reverse(
         lambda x, t: diffusion.estimate(own, x, t),
         diffusion,

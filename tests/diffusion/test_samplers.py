@@ -42,7 +42,8 @@ def make_keys(n: int):
 
 def walk(eps_fn, diffusion, start, steps, trajectory=False, **options):
     """`reverse` from start, compiled."""
-    times, keys, method = timesteps(diffusion, steps), make_keys(len(start)), Method(**options)
+    method = Method(**dict(sampler="ddim", threshold="static") | options)
+    times, keys = timesteps(diffusion, steps), make_keys(len(start))
 
     @jax.jit
     def run(x):
@@ -290,7 +291,8 @@ def test_noise_is_recomputed_from_the_thresholded_image(draw, threshold):
 @pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 1.0)])
 def test_an_image_depends_on_its_own_key_alone(name, eta):
     """And on the key of x_T alone, where the record says that the sampler draws no noise."""
-    diffusion, method, keys = Diffusion(100), Method(sampler=name, eta=eta), make_keys(6)
+    diffusion, keys = Diffusion(100), make_keys(6)
+    method = Method(sampler=name, eta=eta, threshold="static")
     eps_fn, times = gaussian_eps(diffusion), timesteps(diffusion, 5)
 
     @jax.jit

@@ -31,7 +31,7 @@ def test_the_arc_ends_where_it_should_and_is_as_long_all_the_way():
 
 
 def test_the_ends_of_an_interpolation_are_the_images_of_its_seeds(joint, tiny, assert_same_images):
-    options = dict(steps=4, guidance="pixel", scale=30.0)
+    options = dict(steps=4, guidance="pixel", scale=30.0, sampler="ddim")
     way = jdm.interpolate(joint, (3, 11), 4, label=2, **options)
     ends = jdm.sample(joint, seeds=[3, 11, 3, 11], labels=[2], **options)
     assert_same_images(way.images[[0, -1]], ends.images[:2])
@@ -83,7 +83,7 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
     whole = jdm.invert(joint, images, steps=3, iterations=2)
     assert "at a time" not in capsys.readouterr().err
     program = programs.compile_inverter(
-        joint.model, joint.diffusion, Method(steps=3), 2, local_mesh(), 8
+        joint.model, joint.diffusion, Method(guidance="none", steps=3), 2, local_mesh(), 8
     )
     monkeypatch.setattr(programs, "free_memory", lambda device: programs.needed(program) - 1)
     parts = jdm.invert(joint, images, steps=3, iterations=2)
@@ -114,7 +114,7 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
         ),
         (lambda j, x: jdm.edit(j, x, [1], strength=1.5), "^strength=1.5"),
         (lambda j, x: jdm.edit(j, x, [1], strength=0.5, steps=26), "^steps=26 .*are left, 25$"),
-        (lambda j, x: jdm.edit(j, x, None), "^guidance='representation' needs labels"),
+        (lambda j, x: jdm.edit(j, x, None), "^guidance='pixel' needs labels"),
         (lambda j, x: jdm.edit(j, x.astype(int), [1]), "^images have the dtype int64"),
         (lambda j, x: jdm.edit(j, x * 1.0, [1]), r"^images are floats that range over \[0, 255\]"),
     ],

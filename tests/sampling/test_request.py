@@ -9,6 +9,7 @@ import pytest
 
 import jdm
 from jdm.diffusion.method import Method
+from jdm.errors import InvalidValue
 from jdm.joint import check_noise
 from jdm.sampling.request import check_request
 
@@ -60,7 +61,7 @@ from jdm.sampling.request import check_request
             dict(scale_schedule="late"),
             "scale_schedule='late' goes with guidance pixel or .*, not 'none'",
         ),
-        (dict(labels=[1], guidance="both", blocks="mid"), "blocks='mid' must be a list"),
+        (dict(labels=[1], guidance="representation", blocks="mid"), "blocks='mid' must be a list"),
         (dict(eta=2.0), "eta=2.0"),
         (dict(eta=0.5, sampler="heun"), "eta=0.5 goes with sampler ddim, not 'heun'"),
         (dict(batch_size=0), "batch_size=0"),
@@ -68,13 +69,11 @@ from jdm.sampling.request import check_request
             dict(labels=[1], guidance="representation", blocks=["mid", "skip_3"]),
             "blocks='skip_3' is unknown; known: mid, stem, encoder_0_0, down_0, encoder_1_0",
         ),
-        (dict(labels=[1], guidance="both", blocks=[]), "blocks is empty; known: mid"),
+        (dict(labels=[1], guidance="representation", blocks=[]), "blocks is empty; known: mid"),
         (
             dict(labels=[1], guidance="pixel", blocks=["mid"]),
             "blocks=.'mid',. goes with guidance rep",
         ),
-        (dict(labels=[1], guidance="both", inner_steps=0), "inner_steps=0"),
-        (dict(labels=[1], guidance="published", inner_steps=2), "inner_steps=2 goes with"),
         (dict(noise=np.zeros((2, 8, 8, 3))), r"noise has the shape \(2, 8, 8, 3\)"),
         (dict(noise=np.full((2, 8, 8, 1), np.nan)), "noise has values that are not finite"),
         (
@@ -103,7 +102,6 @@ def test_bad_requests_are_one_sentence(joint, options, said):
         (dict(batch_size=2.5), "batch_size=2.5 must be a whole number"),
         (dict(eta="half"), "eta='half' must be a number"),
         (dict(labels=[1], guidance="pixel", scale="8"), "scale='8' must be a number"),
-        (dict(labels=[1], guidance="both", inner_steps=1.5), "inner_steps=1.5 must be a whole nu"),
     ],
 )
 def test_arguments_of_another_type_are_one_sentence(joint, options, said, monkeypatch):
@@ -143,7 +141,28 @@ def test_labels_of_a_multi_label_model_are_on_off_or_not_guided(joint, labels):
 
 def test_labels_without_guidance_are_warned_about(joint):
     with pytest.warns(UserWarning, match="guidance='none' does not use them"):
-        check_request(joint, labels=[1], method=Method())
+        check_request(joint, labels=[1], method=Method(guidance="none"))
+
+
+def test_what_a_method_leaves_open_follows_from_the_labels_and_the_guidance(joint):
+    def found(labels=None, **options):
+        method = check_request(joint, labels=labels, method=Method(**options)).recipe.method
+        return method.guidance, method.sampler, method.steps, method.threshold
+
+    assert found() == ("none", "ddim", 50, "static")
+    assert found([1]) == ("pixel", "ancestral", 20, "static")
+    assert found([1], guidance="published") == ("published", "ancestral", 20, "none")
+    assert found([1], sampler="heun", steps=7, threshold="none") == ("pixel", "heun", 7, "none")
+    with pytest.raises(InvalidValue, match="^scale=2.0 goes with guidance .*, not 'none'$"):
+        found(scale=2.0)
+
+
+def test_labels_alone_guide(joint, assert_same_images):
+    named = dict(guidance="pixel", scale=6.0, sampler="ancestral", steps=20)
+    ours, theirs = (jdm.sample(joint, 2, labels=[1], **options) for options in ({}, named))
+    assert_same_images(ours.images, theirs.images)
+    assert ours.settings == theirs.settings | {"model": ours.settings["model"]}
+    assert (ours.images != jdm.sample(joint, 2, sampler="ancestral", steps=20).images).any()
 
 
 def test_n_labels_and_seeds_are_brought_to_one_length(joint):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jdm
+from jdm.diffusion.guidance import chosen
 from jdm.diffusion.method import Method
 from jdm.mesh import local_mesh
 from jdm.sampling import programs
@@ -109,9 +110,10 @@ def test_one_program_a_method_and_none_for_a_second_call(joint):
 
 
 def test_scale_zero_is_no_guidance(joint, assert_same_images):
-    plain = jdm.sample(joint, 4, steps=4)
+    options = dict(steps=4, sampler="ancestral")
+    plain = jdm.sample(joint, 4, **options)
     for guidance in ("pixel", "representation"):
-        zero = jdm.sample(joint, 4, labels=[1], guidance=guidance, scale=0.0, steps=4)
+        zero = jdm.sample(joint, 4, labels=[1], guidance=guidance, scale=0.0, **options)
         assert_same_images(plain.images, zero.images)
 
 
@@ -119,7 +121,7 @@ def test_scale_zero_is_no_guidance(joint, assert_same_images):
 
 
 def test_guided_and_unguided_images_in_one_batch(joint, assert_same_images):
-    options = dict(steps=4, scale=50.0, guidance="representation")
+    options = dict(steps=4, scale=50.0, guidance="representation", sampler="ddim")
     mixed = jdm.sample(joint, labels=[3, None, 3, -1], **options)
     guided = jdm.sample(joint, labels=[3] * 4, **options)
     plain = jdm.sample(joint, 4, steps=4)
@@ -238,7 +240,7 @@ def test_an_image_that_does_not_fit_is_one_sentence(monkeypatch):
 
 def test_a_program_accounts_for_more_memory_at_larger_batches(joint):
     def need(rows):
-        recipe, mesh = Recipe(Method(steps=4)), local_mesh()
+        recipe, mesh = Recipe(chosen(Method(steps=4), labelled=False)), local_mesh()
         program = programs.compile_sampler(joint.model, None, joint.diffusion, recipe, mesh, rows)
         return programs.needed(program)
 

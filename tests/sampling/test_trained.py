@@ -21,18 +21,15 @@ from jdm.cli import main
 from jdm.data.splits import load_split
 
 joint, images = jdm.load("digits"), {}
-for guidance in ("pixel", "representation"):
-    options = dict(labels=np.arange(200) % 10, seeds=range(9000, 9200), guidance=guidance)
-    few = dict(sampler="ancestral", steps=10, batch_size=100)
-    if guidance == "pixel":  # what the command writes
-        command = ["sample", "--checkpoint=digits", "--seeds=9000-9199", "--labels=0-9"]
-        command += [f"--{name}={value}" for name, value in few.items()]
-        main([*command, "--guidance=pixel", f"--out={sys.argv[1]}.samples.npz"])
-        images[guidance] = np.load(f"{sys.argv[1]}.samples.npz")["arr_0"]
-    else:
-        images[guidance] = jdm.sample(joint, **few, **options).images
-    away = options | dict(labels=np.arange(100) % 10, seeds=range(100), scale=-8.0)
-    images[f"{guidance} away"] = jdm.sample(joint, **few, **away).images
+command = ["sample", "--checkpoint=digits", "--seeds=9000-9199", "--labels=0-9"]
+main([*command, "--batch_size=50", f"--out={sys.argv[1]}.samples.npz"])
+images["pixel"] = np.load(f"{sys.argv[1]}.samples.npz")["arr_0"]
+few = dict(guidance="representation", batch_size=50)
+labels = np.arange(200) % 10
+images["representation"] = jdm.sample(joint, labels=labels, seeds=range(9000, 9200), **few).images
+for guidance, scale in (("pixel", -6.0), ("representation", -16.0)):
+    away = few | dict(labels=labels[:50], seeds=range(50), guidance=guidance, scale=scale)
+    images[f"{guidance} away"] = jdm.sample(joint, **away).images
 test = load_split("digits", "test")
 edited = test.images[64:128], (test.labels[64:128] + 3) % 10  # toward another digit
 options = dict(strength=0.6, seeds=range(7000, 7064), batch_size=64)
@@ -55,14 +52,14 @@ def images(optimised, tmp_path_factory):
         return dict(saved)
 
 
-# Of 200 samples, a share of 0.97 is missed by 0.036 at three standard errors.
-@pytest.mark.parametrize(("guidance", "least"), [("pixel", 0.94), ("representation", 0.91)])
-def test_samples_of_ten_steps_show_their_labels_and_are_like_real_images(images, guidance, least):
+# Of 200 samples, a share of 0.98 is missed by 0.03, one of 0.93 by 0.054, at three standard errors.
+@pytest.mark.parametrize(("guidance", "least"), [("pixel", 0.94), ("representation", 0.87)])
+def test_samples_show_their_labels_and_are_like_real_images(images, guidance, least):
     train, test = (load_split("digits", split) for split in ("train", "test"))
     labels, classifiers = np.arange(200) % 10, metrics.ReferenceClassifiers(*train)
     assert min(classifiers.agreement(images[guidance], labels).values()) >= least
-    away = classifiers.agreement(images[f"{guidance} away"], np.arange(100) % 10)
-    assert max(away.values()) <= 0.03  # a negative scale
+    away = classifiers.agreement(images[f"{guidance} away"], np.arange(50) % 10)
+    assert max(away.values()) <= 0.04  # a negative scale
     ratio = metrics.nearest_neighbour_ratio(train.images, test.images, images[guidance])
     assert 0.7 <= ratio["mean"] <= 1.3
     assert metrics.diversity_ratio(images[guidance], labels, *train)["mean"] >= 0.7

@@ -17,15 +17,15 @@ representations that the decoder and the classifier share. dZ is the total deriv
 respect to Z: it includes the effect of each feature on the later ones that are computed from it.
 
 (14)  pixel            eps - s sqrt(1 - abar_t) g
-(14a) representation   eps + s sqrt(1 - abar_t) |g| d / |d|, where d is the change of eps when Z is
-                       perturbed along dZ
-(14b) both             the mean of (14) and (14a)
+(14a) representation   the eps of an estimate of x_0 from Z + P and x_t + u, where
+                       u = s (1 - abar_t) g and P_i = (u · g) dz_i / |dz_i|²
 (14c) published        the eps that is decoded from Z - s dZ
 
-Under the first three, a positive scale moves the image toward the target. Under (14c), which is
-there for comparison, the direction and the distance depend on the network.
+Under the first two, a positive scale moves the image toward the target. Under (14c), which is there
+for comparison, the direction and the distance depend on the network.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -53,6 +53,17 @@ SCALE_SCHEDULES: dict[str, Callable[[Array], Array]] = names.SCALE_SCHEDULES.rec
     middle=lambda u: 2 * jnp.sin(np.pi * u) ** 2,
 )
 
+# The guidance of a Method that leaves it open, without and with labels.
+DEFAULTS = {False: "none", True: "pixel"}
+
+
+def chosen(method: Method, labelled: bool) -> Method:
+    """The method with a choice for everything that it leaves open, except the scale."""
+    name = method.guidance or DEFAULTS[labelled]
+    open_ = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
+    values = {field: getattr(GUIDANCE[name], field) for field in open_}
+    return dataclasses.replace(method, guidance=name, **values)
+
 
 def guide(
     network: Network,
@@ -63,7 +74,7 @@ def guide(
 ) -> EpsFn:
     """The guided eps_fn of the network.
 
-    method: its guidance, scale_schedule, blocks and inner_steps are used. targets: q of (13),
+    method: its guidance, scale_schedule and blocks are used. targets: q of (13),
     [B, M]; None only for a guidance that needs no labels. scale: s. method.scale is not read; this
     one may be traced, so that one compiled program serves every scale.
 

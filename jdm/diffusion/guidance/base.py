@@ -40,11 +40,15 @@ class Guidance(NamedTuple):
     at t. default_scale: chosen on the digits data set (docs/results.md); other data may need
     another. takes: what it uses and some other guidance does not: names of options of Method,
     "labels" (it needs targets), and "classifier" (its gradient may come from another model).
+    sampler, steps, threshold: those of a Method that leaves them open.
     """
 
     make: Callable[..., EpsFn]
     default_scale: float
     takes: tuple[str, ...] = ()
+    sampler: str = "ancestral"  # its noise corrects what guidance pushes off the data
+    steps: int = 20  # with more, samples are less like real images (docs/results.md)
+    threshold: str = "static"
 
 
 def log_probabilities_of(logits: Float[Array, "b k"], multi_label: bool) -> Float[Array, "b m"]:
@@ -80,26 +84,22 @@ def log_likelihood(network: Network, features, t: Times, targets: Targets) -> Fl
     return (targets * network.log_probabilities(features, t)).sum()
 
 
-def gradients(
-    network: Network, x: Images, t: Times, targets: Targets, perturbations: Any = None
-) -> tuple[Images, Any, Any]:
-    """(g [B, H, W, C], dZ, Z) at (x, t), with Z perturbed by the perturbations, by default 0."""
+def gradients(network: Network, x: Images, t: Times, targets: Targets) -> tuple[Images, Any, Any]:
+    """(g [B, H, W, C], dZ, Z) at (x, t)."""
 
     def objective(x, perturbations):
         features = network.encode(x, t, perturbations)
         return log_likelihood(network, features, t, targets), features
 
-    if perturbations is None:
-        perturbations = jax.tree.map(jnp.zeros_like, jax.eval_shape(network.encode, x, t))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(network.encode, x, t))
     # The gradient with respect to the perturbations is the total derivative dZ.
-    (g, dz), features = jax.grad(objective, argnums=(0, 1), has_aux=True)(x, perturbations)
+    (g, dz), features = jax.grad(objective, argnums=(0, 1), has_aux=True)(x, zeros)
     return g, dz, features
 
 
-def norm(tree: Any) -> Float[Array, " b"]:
-    """Euclidean norm of each row, over all arrays [B, ...] of a pytree."""
-    squares = (x.astype(jnp.float32) ** 2 for x in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(x.reshape(len(x), -1).sum(1) for x in squares))
+def dot(a: Float[Array, "b ..."], b: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The inner product of each row, in float32."""
+    return (a.astype(jnp.float32) * b).reshape(len(a), -1).sum(axis=1)
 
 
 def per_row(values: Float[Array, " b"], x: Array) -> Array:

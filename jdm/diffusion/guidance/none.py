@@ -7,4 +7,4 @@ def none(network, diffusion, method, targets, scale_fn):
     return lambda x, t: network.decode(network.encode(x, t), x, t)
 
 
-GUIDANCE = Guidance(none, default_scale=0.0)
+GUIDANCE = Guidance(none, default_scale=0.0, sampler="ddim", steps=50)

@@ -25,4 +25,4 @@ def pixel(network, diffusion, method, targets, scale_fn):
     return eps_fn
 
 
-GUIDANCE = Guidance(pixel, default_scale=8.0, takes=(*LABELLED, "classifier"))
+GUIDANCE = Guidance(pixel, default_scale=6.0, takes=(*LABELLED, "classifier"))

@@ -3,7 +3,8 @@
 (14c)  eps decoded from Z - s dZ
 
 The scale multiplies dZ itself, so that an image moves further where the classifier's gradient is
-larger. A learned variance is decoded from the moved Z too.
+larger. A learned variance is decoded from the moved Z too. The published sampler does not clip
+estimates of x_0.
 """
 
 import jax
@@ -24,4 +25,4 @@ def published(network, diffusion, method, targets, scale_fn):
     return eps_fn
 
 
-GUIDANCE = Guidance(published, default_scale=1000.0, takes=(*LABELLED, "blocks"))
+GUIDANCE = Guidance(published, default_scale=1000.0, takes=(*LABELLED, "blocks"), threshold="none")
