@@ -248,6 +248,15 @@ def test_a_linear_networks_image_moves_along_the_gradient_whatever_is_predicted(
         assert np.abs(expected - plain).max() > 0.02
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_estimate_of_x0_and_that_of_eps_agree(prediction):
+    diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
+    method, targets = Method(guidance="representation"), jax.nn.one_hot(LABELS, 3)
+    estimate = guide(gaussian_network(diffusion, 0.25), diffusion, method, targets, 2.0)(X, TIMES)
+    x0 = diffusion.x0_of(estimate, X, TIMES)
+    np.testing.assert_allclose(diffusion.eps_from_x0(X, TIMES, x0), estimate.eps, atol=1e-3)
+
+
 @pytest.mark.parametrize("variance", [0.25, 4.0])
 def test_the_linear_decoders_of_all_predictions_give_the_same_eps(variance):
     """Which shows that they are correct, as the test of directions assumes."""
