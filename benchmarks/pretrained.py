@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from digits import GUIDANCE, SETTINGS, score
+from digits import GUIDANCE, score
 
 import jdm
 from jdm import checkpoint, startup, trainer
@@ -59,7 +59,7 @@ def measure(joint: jdm.Joint) -> dict:
     measured = {"validation": dict(found)}
     labels = np.arange(len(SEEDS)) % joint.model.num_classes
     for guidance in GUIDANCE:
-        samples = jdm.sample(joint, labels=labels, seeds=SEEDS, guidance=guidance, **SETTINGS)
+        samples = jdm.sample(joint, labels=labels, seeds=SEEDS, guidance=guidance)
         measured[guidance] = score(samples, splits)
     return measured
 
