@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jdm.diffusion.guidance import DEFAULTS
 from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
@@ -21,7 +22,7 @@ from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers, whole_numbers
-from jdm.sampling.request import FROM_NOISE, check_request
+from jdm.sampling.request import check_request, from_noise
 from jdm.sampling.samples import Samples
 from jdm.tracking import Progress
 
@@ -50,7 +51,7 @@ def interpolate(
     Raises InvalidValue, naming the argument.
     """
     path, joint = name_of(joint), as_joint(joint)
-    method = method_of(None, dict(sampler=FROM_NOISE) | options)
+    method = from_noise(method_of(None, options))
     _POINTS.check("n", n)
     seeds = whole_numbers("seeds", seeds)
     if len(seeds) != 2:
@@ -126,7 +127,7 @@ def edit(
     *,
     strength: float = 0.5,
     steps: int | str | None = None,
-    guidance: str = "pixel",
+    guidance: str = DEFAULTS[True],
     seeds: Numbers | None = None,
     classifier: Joint | str | os.PathLike | None = None,
     batch_size: int | None = None,

@@ -17,7 +17,6 @@ from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name
 from jdm.options import POSITIVE, WHOLE, Option
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
-FROM_NOISE = "ddim"  # the default sampler where x_T is given: it draws no noise of its own
 _COUNT = Option(None, "a number of images", POSITIVE, kind=WHOLE)
 
 
@@ -86,6 +85,11 @@ class Request:
             "dtype": joint.config.exec.dtype,
             **names,
         }
+
+
+def from_noise(method: Method) -> Method:
+    """The method for a given x_T: by default with a sampler that draws no noise of its own."""
+    return dataclasses.replace(method, sampler=method.sampler or "ddim")
 
 
 def check_request(

@@ -1,6 +1,5 @@
 """`jdm.sample`: images of a trained model, one per seed."""
 
-import dataclasses
 import inspect
 import os
 import textwrap
@@ -14,7 +13,7 @@ from jdm.joint import Joint, as_joint, check_noise, name_of
 from jdm.numerics import fixed_flags
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers
-from jdm.sampling.request import FROM_NOISE, check_request
+from jdm.sampling.request import check_request, from_noise
 from jdm.sampling.samples import Samples
 
 
@@ -75,14 +74,12 @@ def sample(
         noise = np.asarray(check_noise(joint, "noise", noise))
         n = len(noise) if n is None else n
     method = method_of(method, options)
-    if noise is not None and method.sampler is None:
-        method = dataclasses.replace(method, sampler=FROM_NOISE)
     request = check_request(
         joint,
         n,
         labels=labels,
         seeds=seeds,
-        method=method,
+        method=method if noise is None else from_noise(method),
         classifier=classifier,
         trajectory=trajectory,
         batch_size=batch_size,

@@ -11,7 +11,7 @@ import jdm
 from jdm.diffusion.method import Method
 from jdm.errors import InvalidValue
 from jdm.joint import check_noise
-from jdm.sampling.request import check_request
+from jdm.sampling.request import check_request, from_noise
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,10 @@ def test_what_a_method_leaves_open_follows_from_the_labels_and_the_guidance(join
     assert found([1]) == ("pixel", "ancestral", 20, "static")
     assert found([1], guidance="published") == ("published", "ancestral", 20, "none")
     assert found([1], sampler="heun", steps=7, threshold="none") == ("pixel", "heun", 7, "none")
+    assert (
+        from_noise(Method()).sampler == "ddim"
+        and from_noise(Method(sampler="heun")).sampler == "heun"
+    )
     with pytest.raises(InvalidValue, match="^scale=2.0 goes with guidance .*, not 'none'$"):
         found(scale=2.0)
 

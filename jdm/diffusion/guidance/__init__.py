@@ -60,8 +60,8 @@ DEFAULTS = {False: "none", True: "pixel"}
 def chosen(method: Method, labelled: bool) -> Method:
     """The method with a choice for everything that it leaves open, except the scale."""
     name = method.guidance or DEFAULTS[labelled]
-    open_ = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
-    values = {field: getattr(GUIDANCE[name], field) for field in open_}
+    unset = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
+    values = {field: getattr(GUIDANCE[name], field) for field in unset}
     return dataclasses.replace(method, guidance=name, **values)
 
 
