@@ -57,7 +57,7 @@ class Method:
         "what steers samples toward their labels",
         names=names.GUIDANCE,
         kind=TEXT,
-        unset="pixel with labels, none without",
+        unset="representation with labels, or pixel with another model's classifier; else none",
     )
     scale: float | None = _field(
         None,

@@ -23,11 +23,11 @@ from jdm.data.splits import load_split
 joint, images = jdm.load("digits"), {}
 command = ["sample", "--checkpoint=digits", "--seeds=9000-9199", "--labels=0-9"]
 main([*command, "--batch_size=50", f"--out={sys.argv[1]}.samples.npz"])
-images["pixel"] = np.load(f"{sys.argv[1]}.samples.npz")["arr_0"]
-few = dict(guidance="representation", batch_size=50)
+images["representation"] = np.load(f"{sys.argv[1]}.samples.npz")["arr_0"]
+few = dict(guidance="pixel", batch_size=50)
 labels = np.arange(200) % 10
-images["representation"] = jdm.sample(joint, labels=labels, seeds=range(9000, 9200), **few).images
-for guidance, scale in (("pixel", -6.0), ("representation", -16.0)):
+images["pixel"] = jdm.sample(joint, labels=labels, seeds=range(9000, 9200), **few).images
+for guidance, scale in (("pixel", -6.0), ("representation", -5.0)):
     away = few | dict(labels=labels[:50], seeds=range(50), guidance=guidance, scale=scale)
     images[f"{guidance} away"] = jdm.sample(joint, **away).images
 test = load_split("digits", "test")

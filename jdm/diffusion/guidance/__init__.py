@@ -18,7 +18,7 @@ respect to Z: it includes the effect of each feature on the later ones that are 
 
 (14)  pixel            eps - s sqrt(1 - abar_t) g
 (14a) representation   the eps of an estimate of x_0 from Z + P and x_t + u, where
-                       u = s (1 - abar_t) g and P_i = (u · g) dz_i / |dz_i|²
+                       u = s g and P = (u · g) dZ / mean_i |dz_i|²
 (14c) published        the eps that is decoded from Z - s dZ
 
 Under the first two, a positive scale moves the image toward the target. Under (14c), which is there
@@ -53,13 +53,16 @@ SCALE_SCHEDULES: dict[str, Callable[[Array], Array]] = names.SCALE_SCHEDULES.rec
     middle=lambda u: 2 * jnp.sin(np.pi * u) ** 2,
 )
 
-# The guidance of a Method that leaves it open, without and with labels.
-DEFAULTS = {False: "none", True: "pixel"}
+
+def default_guidance(labelled: bool = True, classifier: bool = False) -> str:
+    """The guidance of a Method that leaves it open. classifier: whether the gradient comes from
+    another model, whose features are not those that the decoder reads."""
+    return "none" if not labelled else "pixel" if classifier else "representation"
 
 
-def chosen(method: Method, labelled: bool) -> Method:
+def chosen(method: Method, labelled: bool, classifier: bool = False) -> Method:
     """The method with a choice for everything that it leaves open, except the scale."""
-    name = method.guidance or DEFAULTS[labelled]
+    name = method.guidance or default_guidance(labelled, classifier)
     unset = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
     values = {field: getattr(GUIDANCE[name], field) for field in unset}
     return dataclasses.replace(method, guidance=name, **values)
