@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# An allocator that keeps its memory: no mapping for each large array, nothing returned.
-KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+# An allocator that keeps its memory: no mapping for each large array, nothing returned. The second
+# one has a single heap for all threads.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+KEEPS_MEMORY = KEPT | {"MALLOC_ARENA_MAX": "1"}
 
 
 class Contender:

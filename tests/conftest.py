@@ -32,6 +32,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # As jdm.startup.keep_memory, for the workers, which start after this, and for their subprocesses.
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**36))
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
 # Tiny models run for milliseconds and compile for seconds: without optimisation, and with XLA's
 # older code generator for fused operations, in a quarter of the time. Trained models are made in

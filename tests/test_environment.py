@@ -107,14 +107,18 @@ def test_a_platform_that_is_not_there_is_one_sentence(bare):
 
 ARRAYS = """
 import os, resource, sys
+from concurrent.futures import ThreadPoolExecutor
 from jdm import startup
 if "keep" in sys.argv:
     startup.keep_memory()
 import numpy as np
+pool = ThreadPoolExecutor(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
 def arrays():
     large = [np.ones(2**23) for _ in range(2)]
+    if "thread" in sys.argv:
+        pool.submit(lambda: len([np.ones(2**22) for _ in range(4)])).result()
 arrays()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -129,7 +133,8 @@ print(before - resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 @pytest.mark.parametrize("said", [{}, {"MALLOC_ARENA_MAX": "2"}])
 def test_memory_of_large_arrays_is_kept_unless_the_environment_says_how(said):
-    """Counts the pages that the system clears for ten arrays of 64 MiB, and those given back."""
+    """Counts the pages that the system clears for ten arrays of 64 MiB, and those given back. With
+    "thread", also for twenty arrays of 32 MiB of another thread."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | said
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
 
@@ -141,3 +146,4 @@ def test_memory_of_large_arrays_is_kept_unless_the_environment_says_how(said):
     assert cleared > 500
     cleared, released = pages("keep")
     assert (cleared < 50) == (released > 2**27 / 4096 * 0.9) == (not said)
+    assert (pages("keep", "thread")[0] < 50) == (not said)
