@@ -30,8 +30,7 @@ images = {}
 
 def sample(name, joint, guidance=None, **more):
     # 200 images with the defaults of jdm.sample, and 50 with the negative of the default scale.
-    default = "pixel" if "classifier" in more else "representation"
-    scale = GUIDANCE[guidance or default].default_scale
+    scale = GUIDANCE[guidance or "pixel"].default_scale
     for count, sign in ((200, {}), (50, dict(scale=-scale))):
         options = dict(labels=np.arange(count) % 10, seeds=range(7000, 7000 + count), batch_size=50)
         options |= more | sign | (dict(guidance=guidance) if guidance else {})
@@ -41,7 +40,7 @@ def sample(name, joint, guidance=None, **more):
 
 for name in ("eps", "v"):
     sample(name, f"{networks}/{name}")
-    sample(name, f"{networks}/{name}", "pixel")
+    sample(name, f"{networks}/{name}", "representation")
 digits = jdm.load("digits")
 head = jax.tree.map(np.zeros_like, digits.params["head"])  # its own classifier tells nothing
 params = digits.params | {"head": head}
@@ -69,9 +68,9 @@ def classifiers():
     ("name", "least"),
     [
         ("eps default", 0.85),
-        ("eps pixel", 0.85),
+        ("eps representation", 0.85),
         ("v default", 0.85),
-        ("v pixel", 0.85),
+        ("v representation", 0.85),
         ("another default", 0.85),
     ],
 )

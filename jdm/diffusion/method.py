@@ -57,7 +57,7 @@ class Method:
         "what steers samples toward their labels",
         names=names.GUIDANCE,
         kind=TEXT,
-        unset="representation with labels, or pixel with another model's classifier; else none",
+        unset="pixel with labels, none without",
     )
     scale: float | None = _field(
         None,

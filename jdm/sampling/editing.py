@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jdm.diffusion.guidance import default_guidance
+from jdm.diffusion.guidance import DEFAULTS
 from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
@@ -127,7 +127,7 @@ def edit(
     *,
     strength: float = 0.5,
     steps: int | str | None = None,
-    guidance: str | None = None,
+    guidance: str = DEFAULTS[True],
     seeds: Numbers | None = None,
     classifier: Joint | str | os.PathLike | None = None,
     batch_size: int | None = None,
@@ -138,15 +138,13 @@ def edit(
 
     images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. strength: that noise
     level as a share of T, in (0, 1]; at 1 nothing of the images is left. steps: denoising steps;
-    None is 50 * strength. guidance: None is that of jdm.sample with labels. For the rest see
-    `jdm.sample`.
+    None is 50 * strength. For the rest see `jdm.sample`.
 
     Raises InvalidValue, naming the argument.
     """
     path, joint = name_of(joint), as_joint(joint)
     images = check_images(joint, images, least=1)
     _STRENGTH.check("strength", strength)
-    guidance = guidance or default_guidance(classifier=classifier is not None)
     total = max(1, round(strength * joint.diffusion.steps))
     steps = min(total, max(1, round(50 * strength))) if steps is None else steps
     request = check_request(

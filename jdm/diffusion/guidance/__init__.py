@@ -53,16 +53,13 @@ SCALE_SCHEDULES: dict[str, Callable[[Array], Array]] = names.SCALE_SCHEDULES.rec
     middle=lambda u: 2 * jnp.sin(np.pi * u) ** 2,
 )
 
-
-def default_guidance(labelled: bool = True, classifier: bool = False) -> str:
-    """The guidance of a Method that leaves it open. classifier: whether the gradient comes from
-    another model, whose features are not those that the decoder reads."""
-    return "none" if not labelled else "pixel" if classifier else "representation"
+# The guidance of a Method that leaves it open, without and with labels.
+DEFAULTS = {False: "none", True: "pixel"}
 
 
-def chosen(method: Method, labelled: bool, classifier: bool = False) -> Method:
+def chosen(method: Method, labelled: bool) -> Method:
     """The method with a choice for everything that it leaves open, except the scale."""
-    name = method.guidance or default_guidance(labelled, classifier)
+    name = method.guidance or DEFAULTS[labelled]
     unset = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
     values = {field: getattr(GUIDANCE[name], field) for field in unset}
     return dataclasses.replace(method, guidance=name, **values)
