@@ -16,12 +16,16 @@ round (least to greatest). Faults are those of one step in the last round.
 
 import argparse
 import contextlib
+import os
 import resource
 import statistics
 import sys
 
-import numpy as np
 from contenders import KEPT, Contender, serve, timed
+from twins import images_of
+
+from jdm.config import load_config
+from jdm.errors import InvalidValue
 
 # A variable MALLOC_... leaves memory as it says; this one has glibc's own value.
 AS_IT_IS = {"MALLOC_TOP_PAD_": str(2**17)}
@@ -34,7 +38,6 @@ def serve_steps(name: str, steps: int) -> None:
     startup.set_up()
     import jax
 
-    from jdm.config import load_config
     from jdm.mesh import make_mesh, replicated, to_global
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
@@ -45,13 +48,7 @@ def serve_steps(name: str, steps: int) -> None:
     config.loss.augment = "none"
     run = build(config, replicated(mesh))
     state = run.init(root)
-    rng, model = np.random.default_rng(0), config.model
-    shape = (config.data.batch_size, model.image_size, model.image_size, model.image_channels)
-    batch = {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, model.num_classes, shape[0], np.int32),
-    }
-    batch = to_global(batch, mesh)
+    batch = to_global(images_of(config, config.data.batch_size), mesh)
     with contextlib.redirect_stdout(sys.stderr):
         step = compile_step(config, run, mesh, root)
     faults = 0.0
@@ -101,6 +98,13 @@ def main() -> None:
     names = arguments.configs.split(",")
     if arguments.serve:
         return serve_steps(names[0], arguments.steps)
+    if kept := [name for name in os.environ if name.startswith("MALLOC_")]:
+        parser.error(f"{kept[0]} is set, and would decide how every row keeps memory")
+    try:
+        for name in names:
+            load_config(name)
+    except InvalidValue as error:
+        parser.error(str(error))
     print("| config | memory | seconds a step | its time : one heap's | faults | GiB |")
     print("|---|---|---|---|---|---|")
     for name in names:

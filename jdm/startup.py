@@ -18,7 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def set_up() -> None:
-    """All settings. Is called before JAX is imported, and works afterwards too."""
+    """All settings. Is called before JAX is imported. Afterwards it works too, but that threads
+    which run already keep their heaps."""
     use_compilation_cache()
     keep_memory()
     collect_rarely()

@@ -21,8 +21,9 @@ respect to Z: it includes the effect of each feature on the later ones that are 
                        u = s g and P = (u · g) dZ / mean_i |dz_i|²
 (14c) published        the eps that is decoded from Z - s dZ
 
-Under the first two, a positive scale moves the image toward the target. Under (14c), which is there
-for comparison, the direction and the distance depend on the network.
+Under the first two, a positive scale moves the image toward the target; under (14a) only up to a
+length, beyond which the network's answer to a larger P is another. Under (14c), which is there for
+comparison, the direction and the distance depend on the network.
 """
 
 import dataclasses
