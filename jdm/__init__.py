@@ -23,6 +23,7 @@ _HOMES = {
     "edit": "jdm.sampling.editing",
     "interpolate": "jdm.sampling.editing",
     "invert": "jdm.sampling.editing",
+    "features": "jdm.analysis.features",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605
 

@@ -138,7 +138,7 @@ def _train(
             if evaluates:
                 joint = Joint(config, run.model, run.diffusion, state.ema, dataset)
                 found = evaluate(joint, config.eval.metrics, evaluated, options)
-                row |= {f"eval/{name}": value for name, value in found}
+                row |= {f"eval/{name}": v for name, v in found if isinstance(v, float)}
             log.write(done, done * rows, row)
             values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             progress.say(f"step {done}  {values}")

@@ -6,7 +6,7 @@ Each file defines EVALUATOR, a function (joint, split, options) -> iterator of (
 from collections.abc import Iterator, Sequence
 
 from jdm import names
-from jdm.analysis.evaluators.base import EvaluationOptions, Evaluator
+from jdm.analysis.evaluators.base import EvaluationOptions, Evaluator, Value
 from jdm.data.splits import Split
 from jdm.joint import Joint
 from jdm.numerics import fixed_flags
@@ -16,7 +16,7 @@ EVALUATORS: dict[str, Evaluator] = names.EVALUATORS.modules(__name__, "EVALUATOR
 
 def evaluate(
     joint: Joint, metrics: Sequence[str], split: Split, options: EvaluationOptions
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, Value]]:
     """(name, value) pairs of the evaluators of these names, one after the other.
 
     Raises InvalidValue for an unknown name, before anything is computed, and for a split that an
@@ -24,7 +24,7 @@ def evaluate(
     """
     chosen = [EVALUATORS[names.check_name("metrics", name, EVALUATORS)] for name in metrics]
 
-    def values(one: Evaluator) -> list[tuple[str, float]]:
+    def values(one: Evaluator) -> list[tuple[str, Value]]:
         with fixed_flags():
             return list(one(joint, split, options))
 

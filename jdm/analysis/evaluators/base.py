@@ -1,16 +1,53 @@
-"""The type of evaluators, and the options that they are given."""
+"""The type of evaluators, the options that they are given, and the values that they yield."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jdm.data.splits import Split
+from jdm.diffusion.method import Method
 from jdm.joint import Joint
 
 
-class EvaluationOptions(NamedTuple):
-    """batch_size: images that the network evaluates at once; it does not change the values."""
+class Curve(NamedTuple):
+    """Lines over one axis. x: [N], the same for all lines. lines: {name: [N]}."""
+
+    x_label: str
+    y_label: str
+    x: Sequence[float]
+    lines: Mapping[str, Sequence[float]]
+
+
+class Table(NamedTuple):
+    """Numbers by row and column: values[row][column]."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+
+Value = float | Curve | Table  # training logs the floats; reports show all
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What evaluators need beside the model and the split.
+
+    batch_size: images that the network evaluates at once; it does not change the values. load: a
+    function from the name of a split to that split of the same data set, for what is fitted on
+    other images than those that are measured; None where there is none. other: images of another
+    data set, which are out of distribution; their labels are not used. samples: the number of
+    images to generate. method: how they are sampled. features: what distances between images are
+    measured in. seed: of all draws.
+    """
 
     batch_size: int
+    load: Callable[[str], Split] | None = None
+    other: Split | None = None
+    samples: int = 1000
+    method: Method = Method()
+    features: str = "reference"
+    seed: int = 0
 
 
-Evaluator = Callable[[Joint, Split, EvaluationOptions], Iterator[tuple[str, float]]]
+Evaluator = Callable[[Joint, Split, EvaluationOptions], Iterator[tuple[str, Value]]]
