@@ -8,19 +8,20 @@ A table is between <!-- table: NAME --> and <!-- end -->; a test fails where it 
 import re
 from pathlib import Path
 
-from jdm.diffusion.method import table as options_of_sampling
+from jdm.diffusion.method import OPTIONS
+from jdm.options import table
 
 FOLDER = Path(__file__).parent
-TABLES = {"sampling.md": {"options": options_of_sampling}}
+TABLES = {"sampling.md": {"options": OPTIONS}}
 
 
 def written(page: str) -> str:
     """The text of a page with its tables made anew."""
     text = (FOLDER / page).read_text()
-    for name, table in TABLES[page].items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m: f"{m[1]}{table()}\n{m[2]}", text, flags=re.S)  # noqa: B023
-        assert found == 1, f"{page} has no table {name}"
+    for name, options in TABLES[page].items():
+        found = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.S)
+        assert found, f"{page} has no table {name}"
+        text = f"{text[: found.start(1)]}{table(options)}\n{text[found.end(1) :]}"
     return text
 
 

@@ -1,7 +1,8 @@
 """Option: the default, the help and the allowed values of a config key or an option of sampling.
 
-Config keys are declared in jdm.configs.base, options of sampling in jdm.diffusion.method. Flags,
-checks, signatures and tables of the documentation are generated from these declarations.
+Config keys are declared in jdm.configs.base. The options of a job, such as sampling, are fields of
+a frozen dataclass, such as jdm.diffusion.method.Method. Flags, checks, signatures and tables of the
+documentation are generated from these declarations.
 """
 
 import ast
@@ -130,5 +131,51 @@ class Option:
         return "" if self.rule is ANYTHING else self.rule.words
 
     @property
+    def shown_default(self) -> str:
+        """The default, for help and tables."""
+        return self.unset or str(self.default)
+
+    @property
+    def flag_help(self) -> str:
+        """The help of the option's flag."""
+        return f"{self.help}{f'; {self.allowed}' if self.names else ''} ({self.shown_default})"
+
+    @property
     def _known(self) -> list[str]:
         return [*(self.names or ()), *([f"{FOLDER}/path"] if self.folder else [])]
+
+
+def declared(default: Any, help: str, rule: Rule = ANYTHING, **facts: Any) -> Any:
+    """An option as a field of a dataclass. facts: further fields of Option."""
+    option = Option(default, help, rule, **facts)
+    return dataclasses.field(default=default, metadata={"option": option})
+
+
+def options_of(cls: Any) -> dict[str, Option]:
+    """The options that are the fields of a dataclass, by name."""
+    return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
+
+
+def check_fields(values: Any) -> None:
+    """Raises InvalidValue for a field of such a dataclass whose value is not allowed."""
+    for name, option in options_of(type(values)).items():
+        option.check(name, getattr(values, name))
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy or JAX scalar as a Python number, for JSON; anything else unchanged."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def described(options: dict[str, Option]) -> str:
+    """One line for each option, for a docstring."""
+    return "\n".join(f"{name}: {one.help} ({one.shown_default})." for name, one in options.items())
+
+
+def table(options: dict[str, Option]) -> str:
+    """The options as a table in Markdown."""
+    rows = [
+        f"| `{name}` | {one.shown_default} | {one.allowed} | {one.help} |"
+        for name, one in options.items()
+    ]
+    return "\n".join(["| option | default | allowed | what it is |", "|---|---|---|---|", *rows])

@@ -4,7 +4,7 @@ import argparse
 
 from jdm import startup
 from jdm.cli.shared import CHECKPOINT, add_profile, check_parent, load_joint
-from jdm.diffusion.method import OPTIONS, help_of, method_of
+from jdm.diffusion.method import OPTIONS, method_of
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import new_folder
 from jdm.messages import STDOUT, say
@@ -23,8 +23,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "multi-label model 3+!5"
     )
     add("--labels", help=text)
-    for name in OPTIONS:
-        add(f"--{name}", help=help_of(name))
+    for name, option in OPTIONS.items():
+        add(f"--{name}", help=option.flag_help)
     add("--classifier", help=f"the guidance classifier: {CHECKPOINT} (the model's own)")
     text = "the most images per device and call (as many as are useful and fit in memory)"
     add("--batch_size", type=int, help=text)

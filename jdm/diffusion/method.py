@@ -13,12 +13,19 @@ from typing import Any
 
 from jdm import names
 from jdm.errors import InvalidValue
-from jdm.options import ANYTHING, COUNT, FLOAT32, NUMBER, TEXT, TUPLE, UNIT, Option
-
-
-def _field(default: Any, help: str, rule=ANYTHING, **facts: Any) -> Any:
-    option = Option(default, help, rule, **facts)
-    return dataclasses.field(default=default, metadata={"option": option})
+from jdm.options import (
+    COUNT,
+    FLOAT32,
+    NUMBER,
+    TEXT,
+    TUPLE,
+    UNIT,
+    Option,
+    check_fields,
+    declared,
+    options_of,
+    plain_number,
+)
 
 
 @typing.no_type_check  # of the tests' run-time checker, so that Option.check reports wrong types
@@ -29,22 +36,22 @@ class Method:
     The default None of an option is replaced by `guidance.chosen` before anything is sampled.
     """
 
-    sampler: str = _field(
+    sampler: str = declared(
         None,
         "the algorithm of each denoising step",
         names=names.SAMPLERS,
         kind=TEXT,
         unset="ancestral with guidance, otherwise ddim",
     )
-    steps: int | str = _field(
+    steps: int | str = declared(
         None,
         "number of timesteps, or of those in each section, such as 10,10,20",
         kind=COUNT,
         unset="20 with guidance, otherwise 50",
     )
-    spacing: str = _field("uniform", "how the visited timesteps are spaced", names=names.SPACINGS)
-    eta: float = _field(0.0, "noise of ddim: 0 is deterministic, 1 as noisy as ancestral", UNIT)
-    threshold: str = _field(
+    spacing: str = declared("uniform", "how the visited timesteps are spaced", names=names.SPACINGS)
+    eta: float = declared(0.0, "noise of ddim: 0 is deterministic, 1 as noisy as ancestral", UNIT)
+    threshold: str = declared(
         None,
         "how estimates of the clean image are brought into [-1, 1]: clipped (static), scaled down "
         "(dynamic), or not at all (none)",
@@ -52,30 +59,29 @@ class Method:
         kind=TEXT,
         unset="static; none with published guidance",
     )
-    guidance: str = _field(
+    guidance: str = declared(
         None,
         "what steers samples toward their labels",
         names=names.GUIDANCE,
         kind=TEXT,
         unset="pixel with labels, none without",
     )
-    scale: float | None = _field(
+    scale: float | None = declared(
         None,
         "strength of the guidance; positive is toward the label, negative away from it",
         FLOAT32,
         kind=NUMBER,
         unset="that of the guidance",
     )
-    scale_schedule: str = _field(
+    scale_schedule: str = declared(
         "constant", "how the scale changes from noise to image", names=names.SCALE_SCHEDULES
     )
-    blocks: tuple[str, ...] | None = _field(
+    blocks: tuple[str, ...] | None = declared(
         None, "blocks whose features are moved, such as mid,encoder_1_0", kind=TUPLE, unset="all"
     )
 
     def __post_init__(self):
-        for name, option in OPTIONS.items():
-            option.check(name, getattr(self, name))
+        check_fields(self)
 
     def settings(self) -> dict[str, Any]:
         """The options and their values, ready for JSON."""
@@ -87,7 +93,7 @@ class Method:
         return {name for name, option in OPTIONS.items() if getattr(self, name) != option.default}
 
 
-OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(Method)}
+OPTIONS: dict[str, Option] = options_of(Method)
 
 
 def check_takes(method: Method, chooser: str, records: Mapping[str, Any]) -> None:
@@ -111,34 +117,3 @@ def method_of(method: Method | None, options: dict[str, Any]) -> Method:
     if isinstance(plain.get("blocks"), list):
         plain["blocks"] = tuple(plain["blocks"])
     return dataclasses.replace(method or Method(), **plain)
-
-
-def plain_number(value: Any) -> Any:
-    """A NumPy or JAX scalar as a Python number, for JSON; anything else unchanged."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def describe() -> str:
-    """One line for each option, for a docstring."""
-    lines = (f"{name}: {option.help} ({_default(option)})." for name, option in OPTIONS.items())
-    return "\n".join(lines)
-
-
-def help_of(name: str) -> str:
-    """The help of an option's flag."""
-    option = OPTIONS[name]
-    allowed = f"; {option.allowed}" if option.names else ""
-    return f"{option.help}{allowed} ({_default(option)})"
-
-
-def table() -> str:
-    """The options as a table in Markdown, for docs/sampling.md."""
-    rows = [
-        f"| `{name}` | {_default(option)} | {option.allowed} | {option.help} |"
-        for name, option in OPTIONS.items()
-    ]
-    return "\n".join(["| option | default | allowed | what it is |", "|---|---|---|---|", *rows])
-
-
-def _default(option: Option) -> str:
-    return option.unset if option.default is None else str(option.default)

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float, Num, UInt32
 
 from jdm.diffusion.guidance import GUIDANCE, block_mask, chosen
-from jdm.diffusion.method import Method, check_takes, plain_number
+from jdm.diffusion.method import Method, check_takes
 from jdm.diffusion.samplers import SAMPLERS, timesteps
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_trained, digest, make_network, name_of
-from jdm.options import POSITIVE, WHOLE, Option
+from jdm.options import POSITIVE, WHOLE, Option, plain_number
 from jdm.sampling.labels import Numbers, check_rows, target_weights
 
 _COUNT = Option(None, "a number of images", POSITIVE, kind=WHOLE)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jdm.diffusion.method import OPTIONS, Method, describe, method_of
+from jdm.diffusion.method import OPTIONS, Method, method_of
 from jdm.joint import Joint, as_joint, check_noise, name_of
 from jdm.numerics import fixed_flags
+from jdm.options import described
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers
 from jdm.sampling.request import check_request, from_noise
@@ -28,7 +29,7 @@ def takes_method_options(function: Callable) -> Callable:
     ]
     function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
     if function.__doc__:
-        lines = textwrap.indent(describe(), "    ").strip()
+        lines = textwrap.indent(described(OPTIONS), "    ").strip()
         function.__doc__ = function.__doc__.replace("OPTIONS", lines)
     return function
 

@@ -7,10 +7,11 @@ import pytest
 
 from jdm import names
 from jdm.diffusion.guidance import GUIDANCE, SCALE_SCHEDULES, chosen
-from jdm.diffusion.method import OPTIONS, Method, check_takes, describe, method_of, table
+from jdm.diffusion.method import OPTIONS, Method, check_takes, method_of
 from jdm.diffusion.process import PREDICTIONS, SCHEDULES, VARIANCES
 from jdm.diffusion.samplers import SAMPLERS, SPACINGS, THRESHOLDS
 from jdm.errors import InvalidValue
+from jdm.options import described, table
 
 
 @pytest.mark.parametrize(
@@ -105,4 +106,4 @@ def test_a_method_is_made_of_another_one_and_of_numpys_numbers():
 
 def test_every_option_is_in_the_description_and_in_the_table():
     for name in OPTIONS:
-        assert f"{name}: " in describe() and f"| `{name}` |" in table()
+        assert f"{name}: " in described(OPTIONS) and f"| `{name}` |" in table(OPTIONS)

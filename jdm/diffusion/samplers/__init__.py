@@ -12,10 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jdm import names
-from jdm.arrays import Images
+from jdm.arrays import Images, Times
 from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, Level
 from jdm.diffusion.samplers.base import EpsFn, Sampler, Visit
@@ -59,16 +59,19 @@ def reverse(
     diffusion: Diffusion,
     x: Images,
     keys: Key[Array, " b"],
-    times: Timesteps,
+    times: Timesteps | Int[Array, " steps"],
     method: Method,
     trajectory: bool = False,
+    replace: Callable[[Images, Times, Images, Level], Images] | None = None,
 ) -> tuple[Images, Float[Array, "steps b h w c"] | None]:
     """Samples x_0 [B, H, W, C] from x, the x_t at times[0]; returns (x_0, trajectory or None).
 
     keys: one for each image, for the noise that the sampler draws. times: decreasing, see
-    `timesteps`. method: its sampler, eta and threshold are used; where the threshold changes an
-    estimate of x_0, eps is recomputed from it. trajectory: whether to return the estimates of x_0
-    at each timestep, [steps, B, H, W, C].
+    `timesteps`; may be traced, so that one compiled program serves as many timesteps of any values.
+    method: its sampler, eta and threshold are used; where the threshold changes an estimate of x_0,
+    eps is recomputed from it. trajectory: whether to return the estimates of x_0 at each timestep,
+    [steps, B, H, W, C]. replace: called after each step with (x_t, t, x_s, level of s); returns the
+    x_s to go on from.
 
     Raises AssertionError where eps_fn returns another shape than that of x.
     """
@@ -90,6 +93,7 @@ def reverse(
         memory, x_s = steps.step(memory, x, x0, estimate, visit, draw)
         # For every sampler, the step to the clean image returns the estimate of x_0.
         x_s = jnp.where((at_s.variance > 0) | predicted, x_s, x0)
+        x_s = x_s if replace is None else replace(x, t, x_s, at_s)
         return (x_s, memory), x0 if trajectory else None
 
     visits = _visits(diffusion, times, sampler.evaluations)
@@ -100,13 +104,14 @@ def reverse(
     return estimates[-1], estimates  # x but for rounding: XLA may compute the two separately
 
 
-def _visits(diffusion: Diffusion, times: Timesteps, evaluations: int):
+def _visits(diffusion: Diffusion, times: Timesteps | Int[Array, " steps"], evaluations: int):
     """The fields of every Visit in order, as arrays. With two evaluations a step, all timesteps but
     the first are visited twice: at the predictor's x, then at the corrected x."""
-    r, t, s = np.array([times[0], *times[:-1]]), times, np.append(times[1:], -1)
+    times = jnp.asarray(times)
+    r, t, s = jnp.append(times[0], times[:-1]), times, jnp.append(times[1:], -1)
     predicted = np.zeros(len(times), bool)
     if evaluations == 2:
         r, t, s = (x.repeat(2)[1:] for x in (r, t, s))
         predicted = np.arange(len(t)) % 2 == 1
-    abar = np.append(diffusion.abar, 1.0)  # -1: the clean image
-    return (t, *(Level.of(abar[x]) for x in (r, t, s)), predicted)
+    levels = Level.of(np.append(diffusion.abar, 1.0))  # the last one, -1, is the clean image
+    return (t, *(Level(levels.abar[x], levels.variance[x]) for x in (r, t, s)), predicted)
