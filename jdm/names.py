@@ -86,3 +86,6 @@ SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
 EVALUATORS = Names(["classification"])
+
+# Counterfactuals (jdm.analysis.explain)
+EXPLAIN_STARTS = Names(["noise", "inversion"])

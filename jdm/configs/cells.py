@@ -15,7 +15,7 @@ def get_config():
     config.diffusion.update(steps=500, schedule="cosine", prediction="v")
     config.loss.update(classify="noised", weight=0.3)
     config.optim.update(lr=1e-3, schedule="cosine", warmup_steps=200, weight_decay=0.01)
-    config.train.update(steps=8000, ema_decay=0.998)
+    config.train.update(steps=6000, ema_decay=0.998)
     config.eval.every = 1000
     config.checkpoint.every = 500
     return config

@@ -45,9 +45,9 @@ def ddim_inverse(
     iterations: of (8a) in each step, with one evaluation of the eps_fn each. Estimates of x_0 are
     not thresholded here; sampling returns to x0 only if it does not threshold them either.
     """
-    upward = times[::-1]
-    abar = np.append(1.0, diffusion.abar[upward])
-    h = angle(Level.of(abar[1:])) - angle(Level.of(abar[:-1]))
+    upward = jnp.asarray(times)[::-1]
+    angles = angle(Level.of(np.append(diffusion.abar, 1.0)))  # the last one, -1, is the clean image
+    h = angles[upward] - angles[jnp.append(-1, upward[:-1])]
 
     def v_at(x, time):
         t = jnp.full(x.shape[:1], time)
@@ -64,5 +64,5 @@ def ddim_inverse(
 
         return jax.lax.fori_loop(0, iterations, iterate, (first, v)), None
 
-    start = x0, v_at(x0, jnp.int32(upward[0]))
+    start = x0, v_at(x0, upward[0])
     return jax.lax.scan(step, start, (upward, h))[0][0]
