@@ -85,4 +85,4 @@ GUIDANCE = Names(["none", "pixel", "representation", "published"])
 SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
-EVALUATORS = Names(["classification"])
+EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood"])
