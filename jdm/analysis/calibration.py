@@ -81,8 +81,8 @@ def reliability(logits: Logits, labels: Labels, bins: int = BINS) -> Reliability
 def fit_temperature(logits: Logits, labels: Labels) -> float:
     """The T for which logits / T have the least cross-entropy. Guo et al. 2017, section 4.2.
 
-    Above 1, the model is overconfident. T lies in [0.01, 100]; it ends near 0.01 where every row is
-    right, because then the cross-entropy falls with T without end.
+    Above 1, the model is overconfident. T lies in [0.01, 100]. Where every row is right, the
+    cross-entropy falls to 0 with T, and T is one of those that are small enough.
     """
     # Convex in 1 / T, so there is one minimum over log T.
     found = minimize_scalar(

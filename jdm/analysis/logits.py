@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 
 from jdm.analysis.calibration import labelled_rows
 from jdm.data.pipeline import eval_batches
@@ -31,7 +31,7 @@ def batches(
         yield batch["image"], index, int(batch["mask"].sum())
 
 
-def image_keys(seed: Int[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+def image_keys(seed: UInt[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
     """The key of each image's noise, which depends on the seed and the index of the image alone."""
     return jax.vmap(functools.partial(jax.random.fold_in, key_of(seed)))(index)
 

@@ -87,9 +87,11 @@ def test_the_temperature_undoes_a_factor_of_calibrated_logits(predictions, facto
         assert cross_entropy(scaled, labels) < cross_entropy(scaled / other, labels)
 
 
-def test_the_temperature_stays_in_its_range_where_every_row_is_right():
-    assert 0.01 <= fit_temperature(np.eye(3) * 5, np.arange(3)) < 0.02
-    assert 50 < fit_temperature(np.eye(3) * 5, np.array([1, 2, 0])) <= 100
+def test_the_temperature_stays_in_its_range_where_it_has_no_best_value():
+    logits, right, wrong = np.eye(3) * 5, np.arange(3), np.array([1, 2, 0])
+    lowest = fit_temperature(logits, right)
+    assert 0.01 <= lowest < 0.3 and cross_entropy(logits / lowest, right) < 1e-6
+    assert 50 < fit_temperature(logits, wrong) <= 100
 
 
 def test_unlabelled_rows_are_left_out_and_attributes_have_two_classes():
