@@ -90,11 +90,13 @@ def _other(joint: Joint, options: EvaluationOptions) -> Split:
     if options.other is None:
         needs = "needs a second data set, whose images it tells from those of the split"
         raise InvalidValue("metrics", "ood", needs)
-    shape, takes = options.other.images.shape[1:], joint.image_shape
-    if shape != takes or not len(options.other.images):
-        sizes = ("×".join(map(str, one)) for one in (shape, takes))
-        found = f"has {len(options.other.images):,} images of {{}}; this model takes {{}}"
-        raise InvalidValue("other", NO_VALUE, found.format(*sizes))
+    if not len(options.other.images):
+        raise InvalidValue("other", NO_VALUE, "has no image")
+    shape, takes = options.other.images.shape, joint.image_shape
+    if shape[1:] != takes:
+        sizes = ["×".join(map(str, one)) for one in (shape[1:], takes)]
+        found = f"has {shape[0]:,} images of {sizes[0]}; this model takes {sizes[1]}"
+        raise InvalidValue("other", NO_VALUE, found)
     return options.other
 
 
