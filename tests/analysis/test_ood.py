@@ -88,6 +88,7 @@ def test_each_score_tells_the_other_images_from_the_split(joint, train, split, o
         "auroc/bound": separation(*bounds),
         "auroc/features": separation(*map(novelty.distances, (split.images, other.images))),
     }
+    assert all(type(value) is float for value in found.values())
     assert found["auroc/features"] > 0.9  # noise, even in the features of a random network
 
     config = joint.config.copy_and_resolve_references()

@@ -26,7 +26,7 @@ from jdm.data.splits import Split
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint
 
-Scores = Float[np.ndarray, " n"]
+Scores = Float[np.ndarray, " _"]
 
 
 def max_probability(logits: Float[np.ndarray, "n k"], multi_label: bool) -> Scores:
