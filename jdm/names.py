@@ -85,7 +85,7 @@ GUIDANCE = Names(["none", "pixel", "representation", "published"])
 SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
-EVALUATORS = Names(["classification"])
 
 # Counterfactuals (jdm.analysis.explain)
 EXPLAIN_STARTS = Names(["noise", "inversion"])
+EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood"])

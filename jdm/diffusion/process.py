@@ -10,8 +10,8 @@ With abar_t = prod_{s <= t} (1 - beta_s), t in [0, T), where t = 0 is the least 
 (3)  v_t           v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0           Salimans & Ho 2022
 (4)  variance      log var = f log beta + (1 - f) log beta~, f learned   Nichol & Dhariwal 2021,
                                                                          eq. 15
-(5)  bound         L_t = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), L_0 = -log p(x_0|x_1)
-                                                                         Ho et al. 2020, eq. 5, 13
+(5)  bound         L_t = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), L_0 = -log p(x_0|x_1),
+                   L_T = KL(q(x_{T-1}|x_0) || N(0, 1))                   Ho et al. 2020, eq. 5, 13
 (6)  min-SNR       S = abar_t / (1 - abar_t), weights min(S, gamma) / S for eps,
                    min(S, gamma) for x0, min(S, gamma) / (S + 1) for v   Hang et al. 2023
 
@@ -322,6 +322,13 @@ class Diffusion:
         divergence = log_ratio - 1 + jnp.exp(-log_ratio) + error**2 * jnp.exp(-log_variance)
         likelihood = _log_pixel_likelihood(x0, mean, 0.5 * log_variance)
         nats = jnp.where((t == 0)[:, None, None, None], -likelihood, 0.5 * divergence)
+        return nats.mean(axis=(1, 2, 3)) / np.log(2)
+
+    def prior_bound(self, x0: Images) -> Float[Array, " b"]:
+        """L_T of the variational bound (5), in bits per dimension [B]: what x_0 still tells about
+        the noisiest x_t. No network changes it. With the terms of all t it makes up the bound."""
+        abar = self.abar[-1]
+        nats = 0.5 * (abar * x0**2 - abar - np.log1p(-abar))
         return nats.mean(axis=(1, 2, 3)) / np.log(2)
 
 

@@ -38,7 +38,8 @@ class EvaluationOptions:
     other images than those that are measured; None where there is none. other: images of another
     data set, which are out of distribution; their labels are not used. samples: the number of
     images to generate. method: how they are sampled. features: what distances between images are
-    measured in. seed: of all draws.
+    measured in. seed: of all draws. bound_steps: at how many of the T noise levels the variational
+    bound of each image is computed; None is at all, which takes T forward passes an image.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class EvaluationOptions:
     method: Method = Method()
     features: str = "reference"
     seed: int = 0
+    bound_steps: int | None = 50
 
 
 Evaluator = Callable[[Joint, Split, EvaluationOptions], Iterator[tuple[str, Value]]]

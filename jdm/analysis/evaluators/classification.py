@@ -1,39 +1,70 @@
-"""Classification: accuracy and cross-entropy of the model's classifier on clean images."""
+"""Classification: how well the model's classifier predicts the labels of clean images."""
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
 
-from jdm.analysis.evaluators.base import EvaluationOptions
-from jdm.data.pipeline import eval_batches
+from jdm.analysis.calibration import accuracy, brier_score, cross_entropy, labelled_rows
+from jdm.analysis.evaluators.base import EvaluationOptions, Table, Value
+from jdm.analysis.logits import check_labelled, image_logits
 from jdm.data.splits import Split
-from jdm.diffusion.process import pixels_to_float
-from jdm.errors import InvalidValue
-from jdm.joint import Joint, logits_of
-from jdm.training.terms.classifier import ENTROPIES
+from jdm.joint import Joint
 
 
 def classification(
     joint: Joint, split: Split, options: EvaluationOptions
-) -> Iterator[tuple[str, float]]:
-    """Yields ("accuracy", in [0, 1]) and ("cross_entropy", in nats) of clean images at t = 0.
+) -> Iterator[tuple[str, Value]]:
+    """Measures of the predictions for clean images at t = 0.
 
-    Both are means over the labels that are not -1: those of images [N], or of attributes [N, K].
+    Yields "accuracy", "cross_entropy" in nats and "brier", see jdm.analysis.calibration: means over
+    the labels that are not -1, those of images [N] or of attributes [N, K]. Then the tables
+    "classes" and "confusion", or for a multi-label model "mean_average_precision" and the table
+    "attributes". In tables, a ratio is 0 where its denominator is; the counts are beside it.
+
     Raises InvalidValue for a split without labels.
     """
-    cross_entropy_fn, sums = ENTROPIES[joint.model.multi_label], np.zeros(3)
-    for batch in eval_batches(split.images, split.labels, options.batch_size):
-        x = pixels_to_float(jnp.asarray(batch["image"]))
-        logits = logits_of(joint.model, joint.weights, x, jnp.zeros(len(x), jnp.int32))
-        # Padding has the label -1, which is not counted.
-        rows = np.array(cross_entropy_fn(logits, jnp.asarray(batch["label"])), np.float64)
-        sums += rows.sum(axis=1)
-    cross_entropy, correct, count = sums
-    if count == 0:
-        raise InvalidValue("split", split.name, "has no labelled image")
-    yield "accuracy", correct / count
-    yield "cross_entropy", cross_entropy / count
+    check_labelled(split)
+    logits = image_logits(joint, split.images, options.batch_size)
+    rows = labelled_rows(logits, split.labels)
+    yield "accuracy", accuracy(*rows)
+    yield "cross_entropy", cross_entropy(*rows)
+    yield "brier", brier_score(*rows)
+    names = joint.class_names or tuple(map(str, range(joint.model.num_classes)))
+    by_name = _attributes if joint.model.multi_label else _classes
+    yield from by_name(logits, split.labels, names)
+
+
+def _classes(logits, labels, names) -> Iterator[tuple[str, Value]]:
+    """Precision, recall, F1 and number of images of each class, and the confusion matrix: numbers
+    of images by class (rows) and predicted class (columns)."""
+    rows, labels = labelled_rows(logits, labels)
+    predicted, every = rows.argmax(axis=1), np.arange(len(names))
+    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    values = np.stack(columns, axis=1).tolist()
+    yield "classes", Table(names, ("precision", "recall", "F1", "images"), values)
+    counts = confusion_matrix(labels, predicted, labels=every).astype(float)
+    yield "confusion", Table(names, names, counts.tolist())
+
+
+def _attributes(logits, labels, names) -> Iterator[tuple[str, Value]]:
+    """The mean average precision, over the attributes that some image has. "attributes": accuracy
+    and average precision of each, the number of known entries and of those that are 1."""
+    values = []
+    for scores, entries in zip(logits.T, labels.T, strict=True):
+        known = entries >= 0
+        scores, present = scores[known], entries[known] == 1
+        right = np.sum((scores > 0) == present) / max(len(present), 1)
+        precision = average_precision_score(present, scores) if present.any() else 0.0
+        values.append([float(right), float(precision), float(len(present)), float(present.sum())])
+    occurring = [precision for _, precision, _, positive in values if positive]
+    yield "mean_average_precision", float(np.sum(occurring) / max(len(occurring), 1))
+    columns = ("accuracy", "average precision", "known", "present")
+    yield "attributes", Table(names, columns, values)
 
 
 EVALUATOR = classification

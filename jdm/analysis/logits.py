@@ -1,0 +1,85 @@
+"""Logits of many images, clean or noised, and the noise of an image by its seed and index.
+
+Owns batches of one shape, so that each program is compiled once for all sets of images.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt, UInt8
+
+from jdm.analysis.calibration import labelled_rows
+from jdm.data.pipeline import eval_batches
+from jdm.data.splits import Split
+from jdm.diffusion.process import pixels_to_float
+from jdm.diffusion.samplers import image_noise
+from jdm.errors import InvalidValue
+from jdm.joint import Joint, logits_of
+from jdm.numerics import fixed_flags, key_of
+
+
+def batches(
+    images: UInt8[np.ndarray, "n h w c"], batch_size: int
+) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"], int]]:
+    """(images [B, H, W, C], their indices [B], how many are real); the last batch is padded."""
+    unused = np.zeros(len(images), np.int32)
+    for i, batch in enumerate(eval_batches(images, unused, batch_size)):
+        index = np.arange(i * batch_size, (i + 1) * batch_size, dtype=np.int32)
+        yield batch["image"], index, int(batch["mask"].sum())
+
+
+def image_keys(seed: UInt[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """The key of each image's noise, which depends on the seed and the index of the image alone."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key_of(seed)))(index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noised(diffusion, images, t, seed, index):
+    x0 = pixels_to_float(images)
+    noise = image_noise(image_keys(seed, index), diffusion.steps, x0.shape[1:])
+    return diffusion.q_sample(x0, jnp.full(len(x0), t), noise)
+
+
+@fixed_flags()
+def image_logits(
+    joint: Joint,
+    images: UInt8[np.ndarray, "n h w c"],
+    batch_size: int,
+    t: int = 0,
+    seed: int = 0,
+) -> Float[np.ndarray, "n k"]:
+    """The logits of images at noise level t, float32 [N, K].
+
+    t: in [0, T); at 0 the images are clean, above it they are noised to level t. seed: in
+    [0, 2**32), of the noise, which is the same at every t. batch_size: images in one forward pass;
+    it does not change the result.
+    """
+    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
+    for batch, index, count in batches(images, batch_size):
+        if t == 0:
+            x = pixels_to_float(jnp.asarray(batch))
+        else:
+            x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
+        times = jnp.full(len(batch), t, jnp.int32)
+        rows.append(np.asarray(logits_of(joint.model, joint.weights, x, times))[:count])
+    return np.concatenate(rows)
+
+
+def labelled_logits(
+    joint: Joint, split: Split, batch_size: int, t: int = 0, seed: int = 0
+) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, " m"]]:
+    """The logits and labels of all that is labelled, see `labelled_rows` and `image_logits`.
+
+    Raises InvalidValue for a split without labels.
+    """
+    check_labelled(split)
+    return labelled_rows(image_logits(joint, split.images, batch_size, t, seed), split.labels)
+
+
+def check_labelled(split: Split) -> None:
+    """Raises InvalidValue for a split without labels."""
+    if not (split.labels >= 0).any():
+        raise InvalidValue("split", split.name, "has no labelled image")
