@@ -86,3 +86,4 @@ SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
 EVALUATORS = Names(["classification"])
+PROBES = Names(["linear", "knn"])  # jdm.analysis.probe
