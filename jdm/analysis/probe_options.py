@@ -5,6 +5,7 @@ checked before JAX is imported.
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 from jdm.options import ANYTHING, POSITIVE, TUPLE, WHOLE, Option, Rule
@@ -25,6 +26,7 @@ def _field(default: Any, help: str, rule: Rule = ANYTHING, **facts: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": option})
 
 
+@typing.no_type_check  # of the tests' run-time checker, so that Option.check reports wrong types
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
     """What is probed, and on how many images. Raises InvalidValue for a wrong type or range.

@@ -125,7 +125,7 @@ def as_png(probes: Mapping[str, Probe]) -> bytes:
         for axis in (over_t, over_blocks):
             axis.set_ylim(lowest - 0.03, 1.02)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, loc="lower center")
+            axis.legend(fontsize=7, loc="best")
         for axis in column:
             axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes[0], label="accuracy, linear probe").ax.tick_params(labelsize=7)
