@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
     words: str
     setting: str
-    candidates: tuple[float, ...]
+    candidates: tuple[int | float, ...]
     make: Callable[[Any], Any]
 
 
@@ -76,10 +76,10 @@ class Grid:
     or k of each. level, block, setting: the chosen ones. validation, test: their accuracy."""
 
     accuracy: Float[np.ndarray, "levels blocks"]
-    settings: Float[np.ndarray, "levels blocks"]
+    settings: Num[np.ndarray, "levels blocks"]
     level: int
     block: str
-    setting: float
+    setting: int | float
     validation: float
     test: float
 
@@ -140,7 +140,7 @@ def probe(
     where the training images are of one class.
     """
     levels, blocks = check(joint, options)
-    data = _labelled(splits, options)
+    data = labelled(splits, options)
     labels = {split: one.labels for split, one in data.items()}
     # Images are numbered through all splits, so that each has its own noise.
     counts = {split: len(one.labels) for split, one in data.items()}
@@ -193,8 +193,9 @@ def probe(
     )
 
 
-def _labelled(splits: Mapping[str, Split], options: ProbeOptions) -> dict[str, Split]:
-    """The labelled images of each split; of "train" at most options.images."""
+def labelled(splits: Mapping[str, Split], options: ProbeOptions) -> dict[str, Split]:
+    """The labelled images of each split; of "train" at most options.images, of each class in
+    proportion. Raises InvalidValue as `probe` does."""
     found = {}
     for name in names.SPLITS:
         if name not in splits:
@@ -207,19 +208,18 @@ def _labelled(splits: Mapping[str, Split], options: ProbeOptions) -> dict[str, S
         if name == "train" and len(rows) > options.images:
             rows = np.sort(draw_rows(labels, options.images, options.seed, labels >= 0))
         found[name] = Split(images[rows], labels[rows], name)
-    train = found["train"].labels
-    if len(np.unique(train)) < 2 or len(train) < LEAST:
-        held = f"leaves {len(train)} labelled training images of {len(np.unique(train))} classes"
-        raise InvalidValue(
-            "images", options.images, f"{held}; a probe needs {LEAST} of two classes"
-        )
+    count, classes = len(found["train"].labels), len(np.unique(found["train"].labels))
+    if count < LEAST or classes < 2:
+        left = f"{count} labelled training images and {classes} class{'es' * (classes != 1)}"
+        said = f"leaves {left}; a probe needs {LEAST} images and 2 classes"
+        raise InvalidValue("images", options.images, said)
     return found
 
 
 class _Fit(NamedTuple):
     """A fitted probe. setting: its C or k. right: which validation images it gets right."""
 
-    setting: float
+    setting: int | float
     right: Bool[np.ndarray, " n"]
     classifier: Any
 

@@ -63,7 +63,7 @@ def as_csv(probes: Mapping[str, Probe]) -> str:
         for kind, grid in one.grids.items():
             for j, block in enumerate(one.blocks):
                 for i, t in enumerate(one.levels):
-                    cell = (float(grid.settings[i, j]), float(grid.accuracy[i, j]))
+                    cell = (grid.settings[i, j].item(), grid.accuracy[i, j].item())
                     rows.writerow([name, kind, block, t, *cell])
     return text.getvalue()
 

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 import jdm
 from jdm.analysis import probe_report
-from jdm.analysis.probe import PROBES, check, probe, shape_over_t
+from jdm.analysis.probe import PROBES, check, labelled, probe, shape_over_t
 from jdm.analysis.probe_options import ProbeOptions, default_levels
 from jdm.data.splits import Split, load_split
 from jdm.errors import InvalidValue
@@ -58,10 +58,16 @@ def test_a_cell_is_the_best_logistic_regression_of_the_features(joint, splits, f
         assert grid.settings[1, j] == PROBES["linear"].candidates[np.argmax(scores)]
 
 
-def test_the_choice_is_that_of_validation_and_the_same_in_every_run(joint, splits, found):
-    rng = np.random.default_rng(0)
+def test_the_choice_is_that_of_validation_and_the_same_in_every_run(
+    joint, splits, found, monkeypatch
+):
+    rng, passes = np.random.default_rng(0), []
+    spied = lambda *args, **kwargs: passes.append(args) or jdm.features(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("jdm.analysis.probe.features", spied)
     hidden = Split(splits["test"].images, rng.permutation(splits["test"].labels), "test")
     again = probe(joint, {**splits, "test": hidden}, OPTIONS, batch_size=EACH)
+    # One pass for all blocks of a level and split; of the test images only at the chosen levels.
+    assert len(passes) == 2 * len(found.levels) + len(PROBES)
     for kind, grid in found.grids.items():
         i, j = np.unravel_index(grid.accuracy.argmax(), grid.accuracy.shape)
         assert (grid.level, grid.block) == (found.levels[i], found.blocks[j])
@@ -75,13 +81,15 @@ def test_the_choice_is_that_of_validation_and_the_same_in_every_run(joint, split
     assert found.classifier == np.mean(own == splits["test"].labels)
 
 
-def test_unlabelled_images_are_left_out_and_training_images_limited_by_class(joint, splits):
-    labels = splits["test"].labels.copy()
-    labels[100:] = -1
-    some = {**splits, "test": Split(splits["test"].images, labels, "test")}
-    options = dataclasses.replace(OPTIONS, levels=(0,), blocks=("mid",), images=40)
-    counts = probe(joint, some, options, batch_size=EACH).images
-    assert counts == {"train": 40, "validation": EACH, "test": 100}
+def test_unlabelled_images_are_left_out_and_training_images_limited_by_class(splits):
+    labels = np.repeat(np.array([-1, 0, 1], np.int32), 60)
+    some = {name: Split(one.images, labels, name) for name, one in splits.items()}
+    found = labelled(some, dataclasses.replace(OPTIONS, images=40))
+    assert list(np.bincount(found["train"].labels)) == [20, 20]
+    assert list(np.bincount(found["test"].labels)) == [60, 60]
+    np.testing.assert_array_equal(found["test"].images, splits["test"].images[60:])
+    other = labelled(some, dataclasses.replace(OPTIONS, images=40, seed=1))
+    assert (other["train"].images != found["train"].images).any()
 
 
 def right(*counts, n=400):
@@ -123,7 +131,7 @@ def test_default_levels_are_noise_levels():
     [
         (dict(train=None), r"^splits=\('validation', 'test'\) has no train; a probe needs train, "),
         (dict(validation=-1), "^split='validation' has no labelled image$"),
-        (dict(train=3), "^images=180 leaves 180 labelled training images of 1 classes; a probe "),
+        (dict(train=3), "^images=180 leaves 180 labelled training images and 1 class; a probe "),
     ],
 )
 def test_splits_that_cannot_be_used(joint, splits, change, said):
@@ -175,8 +183,8 @@ def test_a_run_that_fails_leaves_nothing(run, tiny, tmp_path, monkeypatch):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(probe_report, "as_png", full)
-    flags = ("--levels=0", "--blocks=stem", f"--images={EACH}", f"--out={tmp_path / 'probe'}")
-    done = run("probe", f"--checkpoint={tiny}", *flags)
+    flags = (f"--images={EACH}", "--levels=0,10", "--blocks=stem,mid")
+    done = run("probe", f"--checkpoint={tiny}", f"--out={tmp_path / 'probe'}", *flags)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
     assert done.stderr.endswith("jdm probe: the disk is full\n")
 
@@ -189,7 +197,7 @@ def test_a_run_that_fails_leaves_nothing(run, tiny, tmp_path, monkeypatch):
         (["--levels=x"], 2, "--levels=('x',) must be one or more different whole numbers"),
         (["--blocks=middle"], 2, "--blocks='middle' is unknown; known: stem, encoder_0_0, "),
         (["--images=0"], 2, "--images=0 must be positive"),
-        (["--images=19"], 2, "--images=19 leaves 19 labelled training images of "),
+        (["--images=19"], 2, "--images=19 leaves 19 labelled training images and "),
         (["--validation=2"], 2, "--validation=2.0 must be at least 0 and below 1"),
         (["--checkpoint=TINY"], 2, "must be different paths"),
         (["--checkpoint=/gone"], 2, "--checkpoint='/gone' cannot be loaded: "),
