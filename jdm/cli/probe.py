@@ -79,9 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None
     probes = {}
-    with whole_folder(
-        out
-    ) as unfinished:  # made now, so that what cannot be written is known at once
+    # Made now, so that a folder that cannot be written is known at once.
+    with whole_folder(out) as unfinished:
         for path, joint in joints.items():
             say(f"probing {path} on {name}")
             size = joint.config.eval.batch_size
