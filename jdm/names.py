@@ -89,3 +89,5 @@ SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 # Counterfactuals (jdm.analysis.explain)
 EXPLAIN_STARTS = Names(["noise", "inversion"])
 EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood"])
+EVALUATORS = Names(["classification"])
+PROBES = Names(["linear", "knn"])  # jdm.analysis.probe
