@@ -11,7 +11,7 @@ name means is a record, in a dict beside the functions. Each dict is built from 
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdm.errors import InvalidValue
 
@@ -86,3 +86,30 @@ SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
 EVALUATORS = Names(["classification"])
+EXTRACTORS = Names(["reference", "joint", "inception"])
+
+
+class Metric(NamedTuple):
+    """A value of which one end is better. evaluator: which yields it. better: "higher", "lower"."""
+
+    evaluator: str
+    better: str
+
+
+METRICS = {
+    "accuracy": Metric("classification", "higher"),
+    "cross_entropy": Metric("classification", "lower"),
+}
+
+
+def metric_of(name: str) -> Metric | None:
+    """The record of a metric; None for one without a better end.
+
+    name: as an evaluator yields it. It may go on after the name in METRICS, with the number of
+    images and a variant: frechet_1000/reference. What is measured on real images, for comparison,
+    ends in _real, and has no better end.
+    """
+    known, _, variant = name.partition("/")
+    if variant.endswith("_real"):
+        return None
+    return METRICS.get(known) or METRICS.get(known.rstrip("0123456789").rstrip("_"))
