@@ -86,6 +86,8 @@ SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
 EVALUATORS = Names(["classification"])
+
+# What distances between images are measured in (jdm.analysis.extractors)
 EXTRACTORS = Names(["reference", "joint", "inception"])
 
 
@@ -99,6 +101,18 @@ class Metric(NamedTuple):
 METRICS = {
     "accuracy": Metric("classification", "higher"),
     "cross_entropy": Metric("classification", "lower"),
+    "brier": Metric("classification", "lower"),
+    "mean_average_precision": Metric("classification", "higher"),
+    "calibration_error": Metric("calibration", "lower"),
+    "bits_per_dimension": Metric("likelihood", "lower"),
+    "auroc": Metric("ood", "higher"),
+    "agreement": Metric("generation", "higher"),
+    "frechet": Metric("generation", "lower"),
+    "kid": Metric("generation", "lower"),
+    "precision": Metric("generation", "higher"),
+    "recall": Metric("generation", "higher"),
+    "prd_f8": Metric("generation", "higher"),
+    "prd_f1_8": Metric("generation", "higher"),
 }
 
 
