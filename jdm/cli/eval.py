@@ -11,7 +11,7 @@ from jdm import startup
 from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
 from jdm.diffusion import method
-from jdm.errors import InvalidValue
+from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path, made_folder, write_whole
 from jdm.messages import STDOUT, say
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "Evaluate a model: its classifier, its likelihoods and its samples."
 EXAMPLE = "jdm eval --checkpoint=runs/digits --metrics=classification --out=report/"
-OF_CONFIG = {"metrics": "metrics", "samples": "samples", "features": "features", "ood": "ood"}
+OF_CONFIG = ("metrics", "samples", "features", "ood")  # flags whose default is that of the config
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.data.splits import load_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
-    config, name, where = (
-        joint.config,
-        arguments.data or joint.config.data.name,
-        data_dir(arguments),
-    )
+    config, where = joint.config, data_dir(arguments)
+    name = arguments.data or config.data.name
     chosen = {k: config.eval[k] if value is None else value for k, value in given.items()}
+    metrics, ood = chosen["metrics"], chosen["ood"]
+    if "ood" in metrics and not ood:
+        raise InvalidValue("ood", NO_VALUE, "must name a data set: --metrics has ood")
     try:
         options = evaluation_options(name, config.data, config.model, where)
         split = load_split(name, arguments.split, options)
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None
-    ood, second = chosen["ood"], ood_options(config.data, config.model, where)
+    second = ood_options(config.data, config.model, where)
     try:
         other = load_split(ood, arguments.split, second) if ood else None
     except InvalidValue as error:
@@ -103,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{key:14} {protocol[key]}")
     try:
         since = time.monotonic()
-        say(f"evaluating: {', '.join(chosen['metrics'])}")
-        for evaluator, found in evaluate_each(joint, chosen["metrics"], split, evaluation):
+        say(f"evaluating: {', '.join(metrics)}")
+        for evaluator, found in evaluate_each(joint, metrics, split, evaluation):
             results[evaluator] = found
             print("\n".join(lines(found)), flush=True)
             say(f"{evaluator} took {time.monotonic() - since:.0f} s")
