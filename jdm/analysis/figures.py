@@ -38,14 +38,14 @@ def _(value: Curve) -> Picture:
         axes = figure.add_subplot()
         draw_lines(axes, value, {name: (value.x, y) for name, y in value.lines.items()})
 
-    return drawn(draw, (6, 3.6))
+    return drawn(draw, (6.0, 3.6))
 
 
 @picture.register
 def _(value: Table) -> Picture | None:
     if tuple(value.rows) != tuple(value.columns):
         return None
-    return drawn(functools.partial(_draw_matrix, table=value), (6, 5.4))
+    return drawn(functools.partial(_draw_matrix, table=value), (6.0, 5.4))
 
 
 def _draw_matrix(figure: "Figure", table: Table) -> None:

@@ -89,7 +89,7 @@ def _value(held: Any) -> Value:
 # What is shown ------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """Four decimals, or three digits of a small value."""
     return f"{value:.4f}" if not 0 < abs(value) < 0.01 else f"{value:.3g}"
 
@@ -159,7 +159,7 @@ def _joined(label: str, name: str) -> str:
     return name if label in ("", name) else f"{name} ({label})"
 
 
-def _column(values: Sequence[float]) -> list[str]:
+def _column(values: Sequence[int | float]) -> list[str]:
     """Whole numbers, such as counts, without decimals."""
     whole = all(float(v).is_integer() for v in values)
     return [f"{v:.0f}" if whole else number(v) for v in values]
