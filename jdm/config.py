@@ -20,7 +20,7 @@ import jdm.configs
 from jdm.configs import base
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path
-from jdm.names import check_name, did_you_mean
+from jdm.names import check_name, did_you_mean, metric_of
 from jdm.options import Option
 
 # Keys that version 1 renamed: {old: new}.
@@ -34,6 +34,11 @@ ADDED: dict[str, Any] = {
     "model.head_channels": 0,
     "model.time_conditioning": "scale_shift",
     "exec.attention": "auto",  # was "xla"; they differ by rounding errors
+    "train.patience": 0,
+    "eval.samples": 1000,
+    "eval.features": "reference",
+    "eval.ood": "",
+    "checkpoint.best": "",
 }
 # Version 0 had a single name in loss.terms: {old name: terms}. Its other names were those of terms.
 TERMS_0 = {"joint": ("diffusion", "classifier")}
@@ -201,6 +206,22 @@ def check_config(config: ConfigDict) -> None:
             "which normalises over the batch; 2 or more are allowed"
         )
         raise InvalidValue("config.data.batch_size", rows, allowed)
+    _check_evaluation(values)
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> None:
+    """Raises InvalidValue where an evaluation during training lacks what it needs."""
+    best, metrics = values["checkpoint.best"], values["eval.metrics"]
+    metric = metric_of(best) if best else None
+    if metric and metric.evaluator not in metrics:
+        allowed = f"needs {metric.evaluator!r} among config.eval.metrics={metrics}"
+        raise InvalidValue("config.checkpoint.best", best, allowed)
+    if values["train.patience"] and not best:
+        allowed = "needs config.checkpoint.best, the metric that has to improve"
+        raise InvalidValue("config.train.patience", values["train.patience"], allowed)
+    if "ood" in metrics and not values["eval.ood"]:
+        allowed = "holds 'ood', which needs config.eval.ood, a second data set"
+        raise InvalidValue("config.eval.metrics", metrics, allowed)
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:

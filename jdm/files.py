@@ -95,10 +95,18 @@ def new_folder(parameter: str, path: str | os.PathLike, make: bool = False) -> P
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         taken = "exists and is not empty; a new folder is needed"
         raise InvalidValue(parameter, str(folder), taken)
+    return made_folder(parameter, folder) if make else folder
+
+
+def made_folder(parameter: str, path: str | os.PathLike) -> Path:
+    """The path of a folder, which is made where it is missing, and can be written.
+
+    Raises InvalidValue, about the parameter, where that is not so, before any work.
+    """
+    folder = Path(local_path(parameter, path))
     try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InvalidValue(parameter, str(folder), f"cannot be written: {error.strerror}") from None
     return folder

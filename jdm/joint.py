@@ -33,6 +33,7 @@ from jdm.options import POSITIVE, Option, is_float
 from jdm.pretrained import PRETRAINED
 
 HALF_LEVEL = 0.5 / 127.5  # of a pixel, for floats in [-1, 1]: rounding to uint8 removes as much
+BEST = "best"  # in place of a step: the checkpoint with the best value of a metric
 PIXELS = 20.0  # above all values of noised images in [-1, 1], and below some in [0, 255]
 
 
@@ -83,7 +84,8 @@ class Joint:
 
     config: the config it was trained with. weights: {"params", "batch_stats"}: the EMA of the
     parameters, and of the head's running statistics ({} for a head without them). dataset: what it
-    was trained on, see jdm.data.identity; {} where that is unknown.
+    was trained on, see jdm.data.identity; {} where that is unknown. step: of the checkpoint it was
+    loaded from; None where there is none.
     """
 
     config: ConfigDict
@@ -91,6 +93,7 @@ class Joint:
     diffusion: Diffusion
     weights: Any = dataclasses.field(repr=False)
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    step: int | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -149,15 +152,16 @@ class Joint:
 
 
 @fixed_flags()
-def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint:
+def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) -> Joint:
     """A trained model, from a work folder, one of its checkpoints, or the package.
 
     path: a work folder, <work folder>/checkpoints/<step>, or the name of a packaged model
     ("digits"; a work folder of that name is "./digits"). step: which checkpoint; None is the
-    newest. exec: values that replace those of the config's section exec, such as dtype="bfloat16".
-    Reads only the weights, the config and what the data was, and verifies their checksums. The
-    weights are replicated on all devices of this host, as float32 even where the file has fewer
-    bits.
+    newest, and "best" the one with the best value of config.checkpoint.best, which is also
+    <work folder>/checkpoints/best. exec: values that replace those of the config's section exec,
+    such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
+    their checksums. The weights are replicated on all devices of this host, as float32 even where
+    the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
     InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, and for a path that is not local,
@@ -170,22 +174,40 @@ def load(path: str | os.PathLike, step: int | None = None, **exec: Any) -> Joint
         )
     packaged = PRETRAINED.get(path) if isinstance(path, str) else None
     workdir = epath.Path(packaged or local_path("path", path))
-    if workdir.parent.name == "checkpoints" and workdir.name.isdecimal() and step is None:
-        workdir, step = workdir.parent.parent, int(workdir.name)
-    if step is None:
-        try:
-            step = checkpoint.newest(workdir)
-        except checkpoint.CheckpointError as error:
-            known = ", ".join(PRETRAINED)
-            raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
+    named = workdir.name == BEST or workdir.name.isdecimal()
+    if workdir.parent.name == "checkpoints" and named and step is None:
+        workdir, step = workdir.parent.parent, workdir.name
+    step = _step(workdir, step)
     mesh = local_mesh()  # before Orbax starts JAX, whose error would be a long one
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     target = abstract_weights(model, replicated(mesh))
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
-    has_data = "data" in checkpoint.items(workdir, step)  # a converted model has not
-    data = checkpoint.read_data(workdir, step) if has_data else {}
-    return Joint(config, model, diffusion, weights, data.get("dataset", {}))
+    dataset = _data(workdir, step).get("dataset", {})
+    return Joint(config, model, diffusion, weights, dataset, step)
+
+
+def _step(workdir: epath.Path, step: int | str | None) -> int:
+    """The number of a step that `load` was given. Raises CheckpointError where there is none."""
+    if step is not None and step != BEST:
+        return int(step)
+    try:
+        newest = checkpoint.newest(workdir)
+    except checkpoint.CheckpointError as error:
+        known = ", ".join(PRETRAINED)
+        raise checkpoint.CheckpointError(f"{error}; packaged models: {known}") from None
+    if step is None:
+        return newest
+    if (best := _data(workdir, newest).get("best", {}).get("step")) is None:
+        said = "has no best checkpoint: it was trained without config.checkpoint.best"
+        raise checkpoint.CheckpointError(f"{workdir} {said}")
+    return best
+
+
+def _data(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of its data; {} of a converted model, which has none."""
+    has_data = "data" in checkpoint.items(workdir, step)
+    return checkpoint.read_data(workdir, step) if has_data else {}
 
 
 def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:

@@ -11,7 +11,7 @@ name means is a record, in a dict beside the functions. Each dict is built from 
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdm.errors import InvalidValue
 
@@ -91,3 +91,44 @@ EXPLAIN_STARTS = Names(["noise", "inversion"])
 EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood"])
 EVALUATORS = Names(["classification"])
 PROBES = Names(["linear", "knn"])  # jdm.analysis.probe
+
+# What distances between images are measured in (jdm.analysis.extractors)
+EXTRACTORS = Names(["reference", "joint", "inception"])
+
+
+class Metric(NamedTuple):
+    """A value of which one end is better. evaluator: which yields it. better: "higher", "lower"."""
+
+    evaluator: str
+    better: str
+
+
+METRICS = {
+    "accuracy": Metric("classification", "higher"),
+    "cross_entropy": Metric("classification", "lower"),
+    "brier": Metric("classification", "lower"),
+    "mean_average_precision": Metric("classification", "higher"),
+    "calibration_error": Metric("calibration", "lower"),
+    "bits_per_dimension": Metric("likelihood", "lower"),
+    "auroc": Metric("ood", "higher"),
+    "agreement": Metric("generation", "higher"),
+    "frechet": Metric("generation", "lower"),
+    "kid": Metric("generation", "lower"),
+    "precision": Metric("generation", "higher"),
+    "recall": Metric("generation", "higher"),
+    "prd_f8": Metric("generation", "higher"),
+    "prd_f1_8": Metric("generation", "higher"),
+}
+
+
+def metric_of(name: str) -> Metric | None:
+    """The record of a metric; None for one without a better end.
+
+    name: as an evaluator yields it. It may go on after the name in METRICS, with the number of
+    images and a variant: frechet_1000/reference. What is measured on real images, for comparison,
+    ends in _real, and has no better end.
+    """
+    known, _, variant = name.partition("/")
+    if variant.endswith("_real"):
+        return None
+    return METRICS.get(known) or METRICS.get(known.rstrip("0123456789").rstrip("_"))

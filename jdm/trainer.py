@@ -5,6 +5,8 @@ training step are in jdm.training.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import time
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 from jdm import checkpoint
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
-from jdm.data.fit import check_config_fits, check_labels, check_not_empty
+from jdm.data.fit import check_config_fits, check_labels, check_not_empty, ood_options
 from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
 from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
@@ -34,6 +36,7 @@ from jdm.profiling import StepTrace
 from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress
 from jdm.training.augment import POLICIES
+from jdm.training.best import Best
 from jdm.training.build import Run, build, learning_rate
 from jdm.training.step import TrainState
 from jdm.training.warm import new_arrays, warm_started
@@ -69,7 +72,7 @@ def train(
     mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)
-    for name in filter(None, (config.data.name, config.data.unlabelled)):
+    for name in filter(None, (config.data.name, config.data.unlabelled, config.eval.ood)):
         if not dry_run:
             check_prepared(name, config.data.dir)
     source = None if checkpoint.steps(workdir) else warm_source(config, run)
@@ -102,7 +105,11 @@ def _train(
         untraced = ", so that there is nothing to trace" if traces else ""
         say(f"{workdir} is trained already: {last} of {config.train.steps} steps{untraced}", STDOUT)
         return
-    batches, evaluated = read_data(config)
+    best = best_so_far(config, workdir, last)
+    if best and best.ends(config.train.patience):
+        say(f"{workdir} is trained already: {best.sentence}", STDOUT)
+        return
+    (batches, evaluated), options = read_data(config), evaluation_options(config)
     dataset = identity_of_run(config.data, ReadOptions.of(config.data, config.model))
     if last is not None and not other_data:
         check_data(workdir, last, dataset)
@@ -114,7 +121,6 @@ def _train(
     step = compile_step(config, run, mesh, root)
 
     start, rows = last or 0, config.data.batch_size
-    options = EvaluationOptions(config.eval.batch_size)
     pending: list[dict] = []  # metrics of the steps since the last row, still on the device
     with (
         MetricLog(workdir, start, started) as log,
@@ -136,16 +142,25 @@ def _train(
             row["train/images_per_second"] = len(pending) * rows / (time.monotonic() - since)
             pending = []
             if evaluates:
-                joint = Joint(config, run.model, run.diffusion, state.ema, dataset)
-                found = evaluate(joint, config.eval.metrics, evaluated, options)
-                row |= {f"eval/{name}": v for name, v in found if isinstance(v, float)}
+                joint = Joint(config, run.model, run.diffusion, state.ema, dataset, done)
+                values = evaluate(joint, config.eval.metrics, evaluated, options)
+                found = {name: v for name, v in values if isinstance(v, float)}
+                row |= {f"eval/{name}": value for name, value in found.items()}
+                best = best and best.updated(done, found)
+            ends = best is not None and best.ends(config.train.patience)
             log.write(done, done * rows, row)
-            values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            progress.say(f"step {done}  {values}")
-            if saves:  # everything that the next step depends on
+            line = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            progress.say(f"step {done}  {line}")
+            if saves or ends or (best and best.step == done):
+                # Everything that the next step depends on, and the next evaluation.
                 data = batches.get_state() | {"dataset": dataset}
-                rest = dict(data=data, config=config_to_dict(config))
-                checkpoint.save(workdir, done, **_trees(state), **rest, keep=config.checkpoint.keep)
+                data |= {"best": dataclasses.asdict(best)} if best else {}
+                rest = dict(data=data, config=config_to_dict(config), keep=config.checkpoint.keep)
+                spared = best.step if best else None
+                checkpoint.save(workdir, done, **_trees(state), **rest, spared=spared)
+            if best and ends:
+                progress.say(f"ended at step {done}: {best.sentence}")
+                break
             since = time.monotonic()
 
 
@@ -153,6 +168,26 @@ def due(config: ConfigDict, done: int) -> list[bool]:
     """Whether the run logs, evaluates and saves after `done` steps; the last step does all."""
     last, intervals = done == config.train.steps, (config.log, config.eval, config.checkpoint)
     return [last or (one.every > 0 and done % one.every == 0) for one in intervals]
+
+
+def evaluation_options(config: ConfigDict) -> EvaluationOptions:
+    """What the evaluators need. Reads the data set config.eval.ood, where there is one."""
+    data, model, section = config.data, config.model, config.eval
+    load_one = functools.partial(load_split, data.name, options=ReadOptions.of(data, model))
+    other = section.ood and load_split(section.ood, section.split, ood_options(data, model))
+    names = ("batch_size", "samples", "features")
+    given = {name: section[name] for name in names}
+    return EvaluationOptions(**given, load=load_one, other=other or None)
+
+
+def best_so_far(config: ConfigDict, workdir: Path, last: int | None) -> Best | None:
+    """The record of config.checkpoint.best at the step `last`; None where it names no metric."""
+    if not (metric := config.checkpoint.best):
+        return None
+    saved = {}
+    if last is not None and "data" in checkpoint.items(workdir, last):
+        saved = checkpoint.read_data(workdir, last).get("best", {})
+    return Best.of(metric, config.eval.split, saved)
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:

@@ -77,8 +77,8 @@ def test_train_sample_eval(run, tmp_path):
     done = run("eval", f"--checkpoint={workdir}", f"--out={tmp_path / 'report'}")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["split"] == "test" and report["images"] == 360
-    assert f"accuracy       {report['accuracy']:.4f}" in done.stdout
+    assert report["protocol"]["split"] == "test" and report["protocol"]["images"] == 360
+    assert f"accuracy       {report['results']['classification']['accuracy']:.4f}" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,10 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(run, tiny, tmp
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "sample", "eval", "convert", "data", "data list", "data prepare", "data show"],
+    [
+        *("train", "sample", "eval", "compare", "convert"),
+        *("data", "data list", "data prepare", "data show"),
+    ],
 )
 def test_help_has_an_example(run, command):
     done = run(*command.split(), "--help")
@@ -338,7 +341,7 @@ def test_a_folder_of_ones_own(run, tiny, tmp_path):
     data = (f"--data={name}", "--split=train", f"--data_dir={tmp_path / 'data'}")
     done = run("eval", f"--checkpoint={tiny}", *data, f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "report.json").read_text())["data"] == name
+    assert json.loads((tmp_path / "report.json").read_text())["protocol"]["data"] == name
 
 
 def test_a_broken_image_is_named(run, tmp_path):

@@ -446,7 +446,7 @@ def test_a_stored_config_is_checked_like_any_other(change, message):
 @pytest.mark.parametrize("key", KEYS)
 def test_resuming_may_change_how_long_and_what_is_kept_and_nothing_else(key):
     sections = ("exec", "log", "eval", "checkpoint")
-    free = ("train.steps", "data.dir", "data.cache_dir", "data.workers") + tuple(
+    free = ("train.steps", "train.patience", "data.dir", "data.cache_dir", "data.workers") + tuple(
         k for k in KEYS if k.split(".")[0] in sections
     )
     value = KEYS[key]

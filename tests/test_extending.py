@@ -81,5 +81,6 @@ def test_a_sampler_and_a_guidance_are_sampled_with(ran):
 
 def test_an_evaluator_is_run_on_its_own(ran):
     report = json.loads((ran / "report" / "report.json").read_text())
-    assert 0.5 <= report["confidence"] <= 1 and "accuracy" not in report
-    assert report["data"] == "stripes" and report["images"] == 32
+    assert 0.5 <= report["results"]["confidence"]["confidence"] <= 1
+    assert list(report["results"]) == ["confidence"]
+    assert report["protocol"]["data"] == "stripes" and report["protocol"]["images"] == 32

@@ -67,6 +67,7 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
     "train config.data.name": "train --config=tiny --workdir=w --config.data.name=folder:{}",
     "train config.data.unlabelled": "train --config=tiny --workdir=w "
     "--config.data.unlabelled=folder:{}",
+    "train config.eval.ood": "train --config=tiny --workdir=w --config.eval.ood=folder:{}",
     "train config.train.init_from": "train --config=tiny --workdir=w --config.train.init_from={}",
     "sample --checkpoint": "sample --checkpoint={}",
     "sample --classifier": "sample --checkpoint=digits --classifier={}",
@@ -74,7 +75,10 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
     "eval --checkpoint": "eval --checkpoint={}",
     "eval --out": "eval --checkpoint=digits --out={}",
     "eval --data": "eval --checkpoint=digits --data=folder:{}",
+    "eval --ood": "eval --checkpoint=digits --ood=folder:{}",
     "eval --data_dir": "eval --checkpoint=digits --data_dir={}",
+    "compare reports": "compare {} y",
+    "compare --out": "compare x y --out={}.png",
     "convert --from": "convert --from={}.pt --config=reference/cifar10 --workdir=w",
     "convert --workdir": "convert --from=x.pt --config=reference/cifar10 --workdir={}",
     "convert --config": "convert --from=x.pt --config={}.py --workdir=w",

@@ -18,6 +18,10 @@ from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
 from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
 
 COMMANDS = ("train", "sample", "eval", "probe", "data list", "data prepare", "data show", "convert")
+COMMANDS = (
+    *("train", "sample", "eval", "compare"),
+    *("data list", "data prepare", "data show", "convert"),
+)
 GROUPS = {"data": "Data sets: list, prepare or show."}
 
 

@@ -1,18 +1,27 @@
 """jdm eval"""
 
 import argparse
-import json
-from pathlib import Path
+import datetime
+import functools
+import time
+from typing import TYPE_CHECKING, Any
 
+import jdm
 from jdm import startup
 from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS
-from jdm.errors import InvalidValue
-from jdm.files import local_path, write_whole
+from jdm.diffusion import method
+from jdm.errors import NO_VALUE, InvalidValue
+from jdm.files import local_path, made_folder, write_whole
 from jdm.messages import STDOUT, say
 
-HELP = "Evaluate a model: accuracy and cross-entropy."
-EXAMPLE = "jdm eval --checkpoint=runs/digits --out=report/"
+if TYPE_CHECKING:
+    from jdm.data.splits import Split
+    from jdm.joint import Joint
+
+HELP = "Evaluate a model: its classifier, its likelihoods and its samples."
+EXAMPLE = "jdm eval --checkpoint=runs/digits --metrics=classification --out=report/"
+OF_CONFIG = ("metrics", "samples", "features", "ood")  # flags whose default is that of the config
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
@@ -22,43 +31,129 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--data", help="another data set of the same classes (that of the training)")
     add("--split", default="test", help="train, validation or test (test)")
     add("--data_dir", default="", help="the folder of prepared data (that of the training)")
-    add("--out", help="a folder for report.json")
+    add("--ood", help="a data set of other images, for ood (that of the config)")
+    add("--samples", help="images to generate, for generation (as many as the config says)")
+    text = f"{OPTIONS['eval.features'].allowed}: of images, for distances (those of the config)"
+    add("--features", help=text)
+    add("--seed", default="0", help="of all random draws; samples have the seeds from it on (0)")
+    for name in method.OPTIONS:
+        add(f"--{name}", help=f"of samples: {method.help_of(name)}")
+    add("--out", help="a folder for report.json, report.md and report.html, which are replaced")
     add_other_data(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    option = OPTIONS["eval.metrics"]
-    metrics = arguments.metrics and option.read("metrics", arguments.metrics)
-    if metrics is not None:
-        option.check("metrics", metrics)
-    folder = Path(local_path("out", arguments.out)) if arguments.out else None
+    given = {name: _read(f"eval.{name}", name, arguments) for name in OF_CONFIG}
+    seed = _read("seed", "seed", arguments)
+    texts = {name: getattr(arguments, name) for name in method.OPTIONS}
+    read = {k: method.OPTIONS[k].read(k, text) for k, text in texts.items() if text is not None}
+    sampling = method.method_of(None, read)
+    out = arguments.out and local_path("out", arguments.out)
     startup.set_up()
-    from jdm.analysis.evaluators import EvaluationOptions, evaluate
-    from jdm.data.fit import evaluation_options
-    from jdm.data.identity import check_same, identity
-    from jdm.data.lookup import dataset
-    from jdm.data.splits import load_split, stored_split
+    from jdm.analysis.evaluators import EvaluationOptions, evaluate_each
+    from jdm.analysis.page import files
+    from jdm.analysis.report import Report, lines
+    from jdm.data.fit import evaluation_options, ood_options
+    from jdm.data.splits import load_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
-    config, name = joint.config, arguments.data or joint.config.data.name
+    config, where = joint.config, data_dir(arguments)
+    name = arguments.data or config.data.name
+    chosen = {k: config.eval[k] if value is None else value for k, value in given.items()}
+    metrics, ood = chosen["metrics"], chosen["ood"]
+    if "ood" in metrics and not ood:
+        raise InvalidValue("ood", NO_VALUE, "must name a data set: --metrics has ood")
     try:
-        options = evaluation_options(name, config.data, config.model, data_dir(arguments))
+        options = evaluation_options(name, config.data, config.model, where)
         split = load_split(name, arguments.split, options)
-        if not arguments.other_data:
-            stored = stored_split(dataset(name), arguments.split)
-            now = identity(name, options, [stored])
-            check_same(joint.dataset, now, "config.data.name", "evaluates")
+        contents = _contents(joint, name, split, options, check=not arguments.other_data)
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None
-    evaluation = EvaluationOptions(config.eval.batch_size)
-    found = dict(evaluate(joint, metrics or config.eval.metrics, split, evaluation))
-    source = {"checkpoint": arguments.checkpoint, "data": name, "split": arguments.split}
-    report = source | {"images": len(split.images)} | found
-    if folder:  # before anything is printed, which may fail
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    for key, value in report.items():
-        print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
+    second = ood_options(config.data, config.model, where)
+    try:
+        other = load_split(ood, arguments.split, second) if ood else None
+    except InvalidValue as error:
+        raise (error.about("ood") if error.parameter == "config.data.name" else error) from None
+    folder = made_folder("out", out) if out else None
+    evaluation = EvaluationOptions(
+        config.eval.batch_size,
+        load=functools.partial(load_split, name, options=options),
+        other=other,
+        samples=chosen["samples"],
+        method=sampling,
+        features=chosen["features"],
+        seed=seed,
+    )
+    protocol = _about(joint, arguments.checkpoint) | {
+        "data": name,
+        "contents": contents,
+        "split": arguments.split,
+        "images": len(split.images),
+        "size": "×".join(map(str, joint.image_shape)),
+        "seed": seed,
+        "samples": chosen["samples"],
+        "features": chosen["features"],
+        "method": sampling.settings(),
+        "ood": ood or None,
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+    }
+    results: dict[str, Any] = {}
+    for key in ("checkpoint", "step", "data", "split", "images"):
+        print(f"{key:14} {protocol[key]}")
+    try:
+        since = time.monotonic()
+        say(f"evaluating: {', '.join(metrics)}")
+        for evaluator, found in evaluate_each(joint, metrics, split, evaluation):
+            results[evaluator] = found
+            print("\n".join(lines(found)), flush=True)
+            say(f"{evaluator} took {time.monotonic() - since:.0f} s")
+            since = time.monotonic()
+    except BaseException:
+        if results and folder:
+            say(f"no report was written; what is printed of {', '.join(results)} is complete")
+        raise
     if folder:
-        say(f"wrote {folder / 'report.json'}", STDOUT)
+        for file, content in files(Report(protocol, results)).items():
+            write_whole(folder / file, content)
+        say(f"wrote report.json, report.md and report.html to {folder}", STDOUT)
+
+
+def _read(key: str, flag: str, arguments: argparse.Namespace) -> Any:
+    """The value of a flag, checked as the config key; None where it is not given."""
+    if (text := getattr(arguments, flag)) is None:
+        return None
+    option = OPTIONS[key]
+    value = option.read(flag, text)
+    option.check(flag, value)
+    return value
+
+
+def _contents(joint: "Joint", name: str, split: "Split", options: Any, check: bool) -> str:
+    """The hash of the contents of a data set's split. check: whether to raise InvalidValue where
+    the model was trained on other data."""
+    from jdm.data.identity import check_same, identity
+    from jdm.data.lookup import dataset
+    from jdm.data.splits import stored_split
+
+    stored = stored_split(dataset(name), split.name)
+    now = identity(name, options, [stored])
+    if check:
+        check_same(joint.dataset, now, "config.data.name", "evaluates")
+    return now["contents"][stored]
+
+
+def _about(joint: "Joint", path: str) -> dict[str, Any]:
+    """The model, and what it is run with."""
+    import jax
+
+    devices = jax.local_devices()
+    return {
+        "checkpoint": path,
+        "step": joint.step,
+        "weights": joint.digest,
+        "dtype": joint.config.exec.dtype,
+        "jdm": jdm.__version__,
+        "jax": jax.__version__,
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+    }

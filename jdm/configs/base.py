@@ -23,6 +23,9 @@ SEED = Rule("between 0 and 2147483647", lambda v: 0 <= v < 2**31)
 SIDES = Rule("positive whole numbers", lambda v: all(isinstance(s, int) and s > 0 for s in v))
 LEVELS = Rule("one or more positive whole numbers", lambda v: len(v) > 0 and SIDES.holds(v))
 DIFFERENT = Rule("one or more different names", lambda v: len(set(v)) == len(v) > 0)
+METRIC = Rule(
+    f'"" or one of {", ".join(names.METRICS)}', lambda v: not v or names.metric_of(v) is not None
+)
 CLASSES = Rule(
     "two or more different whole numbers from 0 up, or ()",
     lambda v: all(isinstance(c, int) and c >= 0 for c in v) and len(set(v)) == len(v) != 1,
@@ -101,6 +104,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         ema_decay=Option(0.999, "of the EMA of the weights", FRACTION),
         ema_warmup=Option(True, "smaller decay in the first steps"),
         t_sampler=Option("uniform", "how noise levels are drawn", names=names.T_SAMPLERS),
+        patience=_resumable(
+            0, "evaluations without a better checkpoint.best, then the run ends", NOT_NEGATIVE
+        ),
         init_from=Option("", 'a work folder, or "digits": initial weights, where they fit'),
     ),
     exec=dict(
@@ -113,17 +119,26 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
             1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE
         ),
     ),
-    # Intervals in steps; 0 is never. The last step logs, evaluates and saves in any case.
+    # Intervals in steps; 0 is never. The last step logs, evaluates and saves in any case, and an
+    # evaluation that finds the best value of checkpoint.best saves too.
     log=dict(every=_resumable(100, "steps between rows of metrics", NOT_NEGATIVE)),
     eval=dict(
         every=_resumable(1000, "steps between evaluations", NOT_NEGATIVE),
         metrics=_resumable(("classification",), "evaluators", DIFFERENT, names=names.EVALUATORS),
         batch_size=_resumable(256, "of the evaluation", POSITIVE),
         split=_resumable("validation", "the split to evaluate on", names=names.SPLITS),
+        samples=_resumable(1000, "images to generate for an evaluation", POSITIVE),
+        features=_resumable(
+            "reference", "of images, for the distances between them", names=names.EXTRACTORS
+        ),
+        ood=_resumable(
+            "", "a data set to tell from data.name, for ood", names=names.DATASETS, folder=True
+        ),
     ),
     checkpoint=dict(
         every=_resumable(1000, "steps between checkpoints", NOT_NEGATIVE),
-        keep=_resumable(3, "checkpoints to keep", POSITIVE),
+        keep=_resumable(3, "newest checkpoints to keep", POSITIVE),
+        best=_resumable("", "a metric: the checkpoint of its best value is kept too", METRIC),
     ),
 )
 

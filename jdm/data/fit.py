@@ -29,11 +29,13 @@ def check_config_fits(data: ConfigDict, model: ConfigDict, evaluation: ConfigDic
         if data[key]:
             local_path(f"config.data.{key}", data[key])
     facts = dataset(data.name)
-    if data.unlabelled:
+    seconds = {"config.data.unlabelled": data.unlabelled, "config.eval.ood": evaluation.ood}
+    for key, name in seconds.items():
         try:
-            dataset(data.unlabelled)
+            if name:
+                dataset(name)
         except InvalidValue as error:
-            raise error.about("config.data.unlabelled") from None
+            raise error.about(key) from None
     check_classes(data.classes, facts)
     for key, allowed in (
         ("image_size", facts.sizes),
@@ -108,3 +110,11 @@ def evaluation_options(
         knows = f"this model knows {model.num_classes} {kinds[model.multi_label]}"
         raise InvalidValue("config.data.name", name, has, knows)
     return dataclasses.replace(options, data_dir=data_dir or data.dir, classes=classes, workers=0)
+
+
+def ood_options(data: ConfigDict, model: ConfigDict, data_dir: str = "") -> ReadOptions:
+    """The options for reading a second data set, of other classes, in order to tell its images from
+    those of the model's. They get the model's size and channels. The arguments are those of
+    `evaluation_options`."""
+    options = ReadOptions.of(data, model)
+    return dataclasses.replace(options, data_dir=data_dir or data.dir, classes=(), workers=0)

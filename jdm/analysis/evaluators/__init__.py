@@ -22,10 +22,20 @@ def evaluate(
     Raises InvalidValue for an unknown name, before anything is computed, and for a split that an
     evaluator cannot use.
     """
-    chosen = [EVALUATORS[names.check_name("metrics", name, EVALUATORS)] for name in metrics]
+    each = evaluate_each(joint, metrics, split, options)
+    return (pair for _, found in each for pair in found.items())
 
-    def values(one: Evaluator) -> list[tuple[str, Value]]:
+
+def evaluate_each(
+    joint: Joint, metrics: Sequence[str], split: Split, options: EvaluationOptions
+) -> Iterator[tuple[str, dict[str, Value]]]:
+    """(evaluator, {name: value}) of each of these evaluators, as soon as it is done; see
+    `evaluate`."""
+    for name in metrics:
+        names.check_name("metrics", name, EVALUATORS)
+
+    def values(name: str) -> dict[str, Value]:
         with fixed_flags():
-            return list(one(joint, split, options))
+            return dict(EVALUATORS[name](joint, split, options))
 
-    return (found for one in chosen for found in values(one))
+    return ((name, values(name)) for name in metrics)
