@@ -85,4 +85,7 @@ GUIDANCE = Names(["none", "pixel", "representation", "published"])
 SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
 # Evaluation (jdm.analysis.evaluators)
-EVALUATORS = Names(["classification"])
+EVALUATORS = Names(["classification", "generation"])
+
+# What distances between images are measured in (jdm.analysis.extractors)
+EXTRACTORS = Names(["reference", "joint", "inception"])

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jdm.data.splits import Split
 from jdm.diffusion.method import Method
@@ -26,7 +27,13 @@ class Table(NamedTuple):
     values: Sequence[Sequence[float]]
 
 
-Value = float | Curve | Table  # training logs the floats; reports show all
+class Record(NamedTuple):
+    """What is stored beside numbers, such as a protocol. values: ready for JSON."""
+
+    values: Mapping[str, Any]
+
+
+Value = float | Curve | Table | Record  # training logs the floats; reports show all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,9 @@ class EvaluationOptions:
     other images than those that are measured; None where there is none. other: images of another
     data set, which are out of distribution; their labels are not used. samples: the number of
     images to generate. method: how they are sampled. features: what distances between images are
-    measured in. seed: of all draws.
+    measured in, of names.EXTRACTORS. cache: the folder that keeps what is computed from real
+    images, such as their features and reference classifiers; None is that of the model's data set.
+    seed: of all draws.
     """
 
     batch_size: int
@@ -47,6 +56,7 @@ class EvaluationOptions:
     samples: int = 1000
     method: Method = Method()
     features: str = "reference"
+    cache: Path | None = None
     seed: int = 0
 
 
