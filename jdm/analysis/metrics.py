@@ -22,6 +22,7 @@ from scipy.spatial.distance import pdist
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 Pixels = UInt8[np.ndarray, "_ h w c"]
 Labels = Int[np.ndarray, " _"]
@@ -167,7 +168,9 @@ def prd_scores(
     drawn = [x[rng.choice(len(x), count, replace=False)] for x in (real, generated)]
     rows, curves = np.concatenate(drawn).astype(np.float64), []
     for run in range(runs):
-        fitted = MiniBatchKMeans(clusters, n_init=10, random_state=seed + run).fit(rows)
+        # One thread: the batches are small, and threads wait for each other after each of them.
+        with threadpool_limits(1):
+            fitted = MiniBatchKMeans(clusters, n_init=10, random_state=seed + run).fit(rows)
         p, q = (
             np.bincount(labels, minlength=clusters) / count
             for labels in np.split(fitted.labels_, 2)
