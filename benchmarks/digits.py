@@ -5,7 +5,7 @@
 What `make demo` runs, and what docs/results.md was measured with. Protocol: config `digits`;
 accuracy on the test split (360 images). For each guidance, 500 samples, 50 of each class, with all
 defaults of `jdm.sample`, at seeds 1000 to 1499, which nothing was tuned on. Of the two
-reference classifiers, fitted on the training pixels (jdm.analysis.metrics), the lower agreement
+reference classifiers, fitted on the training pixels (jdm.analysis.reference), the lower agreement
 counts.
 """
 
@@ -22,6 +22,7 @@ import jdm
 from jdm import startup, trainer
 from jdm.analysis import metrics
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
+from jdm.analysis.reference import ReferenceClassifiers
 from jdm.config import load_config
 from jdm.data.splits import ReadOptions, load_split
 from jdm.files import write_whole
@@ -34,7 +35,7 @@ SEEDS = range(1000, 1500)
 def score(samples: jdm.Samples, splits: dict) -> dict:
     """The figures of guided samples."""
     train, test = splits["train"], splits["test"]
-    classifiers = metrics.ReferenceClassifiers(*train)
+    classifiers = ReferenceClassifiers(*train)
     return {
         "class_agreement": classifiers.agreement(samples.images, samples.labels),
         "nearest_neighbour_ratio": metrics.nearest_neighbour_ratio(

@@ -16,7 +16,7 @@ Protocol. Image i of every row has the seed --seeds + i and asks for class i mod
 made in batches of 64 and in rounds, a batch of each row a round, so that a machine that drifts does
 so for all; all is compiled before. The time of a row is the median of its first --repeats, from
 the call to pixels on the host; ratios are of such medians. The reference classifiers are fitted on
-the pixels of the training images (jdm.analysis.metrics.ReferenceClassifiers). The columns:
+the pixels of the training images (jdm.analysis.reference). The columns:
 
     evaluations   how often the sampler asks for the estimate of the noise, guidance and all
     × …           how many times faster than that baseline
@@ -46,6 +46,7 @@ import numpy as np
 import jdm
 from jdm import plot, startup
 from jdm.analysis import metrics
+from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import ReadOptions, load_split
 from jdm.diffusion.method import OPTIONS, method_of
 from jdm.diffusion.samplers import SAMPLERS
@@ -120,9 +121,7 @@ def request_of(joint: "jdm.Joint", row: Row, labels, seeds):
     return check_request(joint, method=method_of(None, row.settings), labels=labels, seeds=seeds)
 
 
-def figures(
-    classifiers: metrics.ReferenceClassifiers, train, test, fewest: int, images, labels
-) -> dict:
+def figures(classifiers: ReferenceClassifiers, train, test, fewest: int, images, labels) -> dict:
     """The figures of uint8 images [N, H, W, C] that should show the labels, if there are any."""
     known, features = classifiers.features(train[0]), classifiers.features(images)
     labelled = labels is not None
@@ -278,7 +277,7 @@ def main() -> None:
         data = (flags.data or config.data.name, flags.data_dir or config.data.dir)
         splits = [real_images(config, *data, split) for split in ("train", "test")]
         flags.out.mkdir(parents=True, exist_ok=True)
-        classifiers = metrics.ReferenceClassifiers(*splits[0])
+        classifiers = ReferenceClassifiers(*splits[0])
         fewest = min(len(splits[1][0]), *(row.count for row in rows))
         found = [{"name": "real", **figures(classifiers, *splits, fewest, *splits[1])}]
     except (Failure, OSError, ValueError) as error:

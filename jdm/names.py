@@ -132,3 +132,7 @@ def metric_of(name: str) -> Metric | None:
     if variant.endswith("_real"):
         return None
     return METRICS.get(known) or METRICS.get(known.rstrip("0123456789").rstrip("_"))
+EVALUATORS = Names(["classification", "generation"])
+
+# What distances between images are measured in (jdm.analysis.extractors)
+EXTRACTORS = Names(["reference", "joint", "inception"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jdm
-from jdm.analysis.metrics import ReferenceClassifiers
+from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import load_split
 from jdm.tracking import read_metrics
 

@@ -152,6 +152,22 @@ def prepared(facts: Dataset, data_dir: str) -> Any:
     return builder
 
 
+def data_root(data_dir: str = "") -> str:
+    """The folder of all prepared data sets. data_dir: its path; "" is $TFDS_DATA_DIR, or else
+    ~/tensorflow_datasets.
+
+    Raises DataError where there is none, InvalidValue for a path that is not local.
+    """
+    if data_dir:
+        return local_path("config.data.dir", data_dir)
+    if default := os.environ.get("TFDS_DATA_DIR"):
+        return local_path("TFDS_DATA_DIR", default)
+    if folder := home():
+        return str(folder / "tensorflow_datasets")
+    why = "there is no home folder for prepared data"
+    raise DataError(f"{why}; name one by --data_dir, config.data.dir or $TFDS_DATA_DIR")
+
+
 def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     """The TFDS builder of a data set. options: of a folder, see `folder_builder.Folder`.
 
@@ -161,16 +177,7 @@ def make_builder(facts: Dataset, data_dir: str, **options) -> Any:
     import tensorflow_datasets as tfds  # slow to import
 
     module = importlib.import_module(facts.module)  # registers the builder
-    default = os.environ.get("TFDS_DATA_DIR")
-    if data_dir:
-        data_dir = local_path("config.data.dir", data_dir)
-    elif default:
-        data_dir = local_path("TFDS_DATA_DIR", default)
-    elif folder := home():
-        data_dir = str(folder / "tensorflow_datasets")
-    else:
-        why = "there is no home folder for prepared data"
-        raise DataError(f"{why}; name one by --data_dir, config.data.dir or $TFDS_DATA_DIR")
+    data_dir = data_root(data_dir)
     options |= dict(data_dir=data_dir, file_format="array_record")
     if facts.is_folder:
         verbosity = logging.get_verbosity()

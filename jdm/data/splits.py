@@ -20,7 +20,7 @@ from jdm.data.decoding import VERSION
 from jdm.data.images import EncodedImages, Images, Pixels, Selection, decoded_split, labels_of
 from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
-from jdm.data.records import Records
+from jdm.data.records import Records, data_root
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path
 from jdm.messages import say
@@ -207,8 +207,12 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
 
 def cache_folder(records: Records, stored: str, options: ReadOptions, what: str) -> Path:
     """The folder that keeps what was computed from the records of a stored split."""
-    cache = records.root / DECODED
-    if options.cache_dir:
-        cache = Path(local_path("config.data.cache_dir", options.cache_dir))
     prefix = "-".join([*records.path.relative_to(records.root).parts, stored])
-    return cache / f"{prefix}-{what}-{records.fingerprint(stored)}"
+    return cache_root(options) / f"{prefix}-{what}-{records.fingerprint(stored)}"
+
+
+def cache_root(options: ReadOptions) -> Path:
+    """The folder that keeps what is computed from data sets, such as decoded images."""
+    if options.cache_dir:
+        return Path(local_path("config.data.cache_dir", options.cache_dir))
+    return Path(data_root(options.data_dir), DECODED)

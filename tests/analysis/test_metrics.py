@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from jdm.analysis import metrics
 from jdm.data.splits import load_split
@@ -8,44 +11,6 @@ from jdm.data.splits import load_split
 @pytest.fixture(scope="module")
 def splits():
     return {name: load_split("digits", name) for name in ("train", "test")}
-
-
-def test_reference_classifiers_tell_right_labels_of_real_digits_from_wrong_ones(splits):
-    reference, (images, labels) = metrics.ReferenceClassifiers(*splits["train"]), splits["test"]
-    right = reference.agreement(images, labels)
-    wrong = reference.agreement(images, (labels + 1) % 10)
-    assert set(right) == {"svc", "1-nn"}
-    assert min(right.values()) > 0.96 and max(wrong.values()) < 0.02
-
-
-def test_a_fit_serves_all_calls_and_is_deterministic(splits, monkeypatch):
-    from sklearn.svm import SVC
-
-    fits, fit = [], SVC.fit
-    monkeypatch.setattr(SVC, "fit", lambda *args: fits.append(1) or fit(*args))
-    (train, train_labels), (images, labels) = splits["train"], splits["test"]
-    one, other = (metrics.ReferenceClassifiers(train[:100], train_labels[:100]) for _ in range(2))
-    right, wrong = (one.agreement(images, some) for some in (labels, (labels + 1) % 10))
-    assert right == other.agreement(images, labels)
-    assert right["svc"] > 0.9 and wrong["svc"] < 0.1
-    np.testing.assert_array_equal(one.features(images), other.features(images))
-    assert len(fits) == 2
-
-
-def test_features_tell_classes_apart_and_real_images_from_noise(splits):
-    train, train_labels = (array[:600] for array in splits["train"])  # half the time of a whole fit
-    reference, (images, labels) = metrics.ReferenceClassifiers(train, train_labels), splits["test"]
-    features, known = reference.features(images), reference.features(train)
-    assert features.shape == (360, metrics.FEATURES) and features.min() == 0
-    means = np.stack([known[train_labels == k].mean(axis=0) for k in range(10)])
-    nearest = ((features[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
-    assert (nearest == labels).mean() > 0.9
-
-    # Other real digits are nearer than digits without one of the classes, or noise.
-    real = metrics.frechet_distance(known, features)
-    without_3 = metrics.frechet_distance(known, reference.features(images[labels != 3]))
-    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
-    assert 0 < 3 * real < without_3 < metrics.frechet_distance(known, reference.features(noise))
 
 
 def gaussian(mean, covariance, rows=200, seed=0):
@@ -109,7 +74,10 @@ def test_distances_against_closed_form():
     assert metrics.nearest_distances(black, white)[0] == 2.0  # four pixels, each 1 apart
     images = np.concatenate([black, white, white])
     # Of the three pairs, two are 2 apart and one 0.
-    assert metrics.within_class_distance(images, np.zeros(3, int))[0] == pytest.approx(4 / 3)
+    found = metrics.within_class_distance(images, np.zeros(3, int))
+    assert found == {0: pytest.approx(4 / 3)}
+    # A single image has no distance, and -1 is no class.
+    assert metrics.within_class_distance(images, np.array([5, -1, -1])) == {}
 
 
 def test_diversity_ratio_sees_repeated_images(splits):
@@ -118,5 +86,133 @@ def test_diversity_ratio_sees_repeated_images(splits):
     assert same["mean"] == pytest.approx(1) and same["least"] == pytest.approx(1)
     means = np.stack([images[labels == k].mean(axis=0) for k in range(10)]).astype(np.uint8)
     assert metrics.diversity_ratio(means[labels], labels, images, labels)["mean"] == 0
-    with pytest.raises(ValueError, match="classes"):
+    with pytest.raises(ValueError, match="no class has two or more images in both sets"):
         metrics.diversity_ratio(images[:1], labels[:1], images, labels)
+
+
+def test_diversity_ratio_compares_the_same_classes(splits):
+    """A class that one set lacks is left out; the others are not paired with it."""
+    images, labels = splits["train"]
+    kept = labels != 3
+    without = metrics.diversity_ratio(images[kept], labels[kept], images, labels)
+    assert without["mean"] == pytest.approx(1) and without["least"] == pytest.approx(1)
+
+
+def test_nearest_distances_do_not_depend_on_the_blocks(splits, monkeypatch):
+    train, test = splits["train"].images, splits["test"].images[:20]
+    whole = metrics.nearest_distances(train, test)
+    monkeypatch.setattr(metrics, "BLOCK", 100)
+    np.testing.assert_allclose(metrics.nearest_distances(train, test), whole, atol=1e-12)
+
+
+# Distances of features, against small independent formulas ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Two sets of different sizes and distributions, in float32 as extractors give them."""
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(12, 12)) / 3
+    real, generated = rng.normal(size=(180, 12)) @ mix, 0.4 + rng.normal(size=(150, 12)) @ mix * 0.8
+    return real.astype(np.float32), generated.astype(np.float32)
+
+
+def test_frechet_distance_against_scipys_square_root_of_a_matrix(features):
+    a, b = (x.astype(np.float64) for x in features)
+    root = sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    traces = a.var(axis=0, ddof=1).sum() + b.var(axis=0, ddof=1).sum() - 2 * np.trace(root)
+    expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + traces
+    assert metrics.frechet_distance(*features) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_against_scikit_learns_kernel(features, monkeypatch):
+    a, b = features
+    k_a, k_b, k_ab = (
+        polynomial_kernel(x, y, degree=3, gamma=1 / 12, coef0=1).astype(np.float64)
+        for x, y in ((a, a), (b, b), (a, b))
+    )
+    off = [k[~np.eye(len(k), dtype=bool)].mean() for k in (k_a, k_b)]
+    expected = sum(off) - 2 * k_ab.mean()
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert metrics.kernel_distance(b, a) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distance_has_no_bias():
+    """Between small sets of one distribution it is 0 on average, and so below 0 half the time."""
+    rng = np.random.default_rng(0)
+    found = [metrics.kernel_distance(*rng.normal(size=(2, 10, 4))) for _ in range(300)]
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(300)
+    assert 0.3 < np.mean(np.array(found) < 0) < 0.8
+
+
+def test_kernel_distance_of_subsets(features):
+    mean, deviation = metrics.kernel_distance_of_subsets(*features, subsets=40, size=100)
+    assert mean == pytest.approx(metrics.kernel_distance(*features), abs=deviation)
+    assert deviation > 0
+    assert metrics.kernel_distance_of_subsets(*features, subsets=40, size=100) == (mean, deviation)
+    other = metrics.kernel_distance_of_subsets(*features, subsets=40, size=100, seed=1)
+    assert other != (mean, deviation)
+    with pytest.raises(ValueError, match="a subset needs at least 1000 rows of features, not 150"):
+        metrics.kernel_distance_of_subsets(*features)
+
+
+def test_precision_and_recall_against_their_definition(features):
+    real, generated = (x.astype(np.float64) for x in features)
+
+    def share(rows, of):
+        own = np.sort(cdist(of, of), axis=1)  # column 0 is the row itself
+        return (cdist(rows, of) <= own[:, 3]).any(axis=1).mean()
+
+    found = metrics.precision_recall(*features)
+    assert found == (share(generated, real), share(real, generated))
+    assert 0 < found.recall < found.precision < 1
+
+
+def test_precision_and_recall_of_known_sets():
+    """Generated rows in a corner of the real ones are precise, and recall little."""
+    real, corner = np.random.default_rng(0).uniform(size=(2, 500, 2))
+    same = metrics.precision_recall(real, real)
+    assert same == (1, 1)
+    found = metrics.precision_recall(real, corner * 0.2)
+    assert found.precision > 0.9 and found.recall < 0.15
+    assert metrics.precision_recall(real, real + 5) == (0, 0)
+    with pytest.raises(ValueError, match="precision and recall needs at least 4 rows"):
+        metrics.precision_recall(real[:3], real)
+
+
+def test_prd_scores_of_known_histograms():
+    """Real images of two modes, generated ones of one: all precise, half recalled."""
+    precision, recall = metrics.prd_curve(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    assert precision.max() == pytest.approx(1) and recall.max() == pytest.approx(0.5)
+    # At λ = 2, min(2 · 0.5, 1) = 1 is the precision, and 1 / 2 the recall.
+    assert precision[recall > 0.499].max() == pytest.approx(1, abs=0.01)
+
+
+def test_prd_scores_tell_lost_modes_from_wrong_images():
+    rng = np.random.default_rng(0)
+    modes = rng.normal(size=(10, 4)) * 20
+
+    def rows(which, count=200):
+        return modes[np.arange(count) % len(which) + which[0]] + rng.normal(size=(count, 4))
+
+    few = dict(clusters=10, runs=3)
+    same = metrics.prd_scores(rows(range(10)), rows(range(10)), **few)
+    assert same.f8 > 0.95 and same.f1_8 > 0.95
+    lost = metrics.prd_scores(rows(range(10)), rows(range(5)), **few)
+    assert lost.f1_8 > 0.9 and lost.f8 < 0.6
+    wrong = metrics.prd_scores(rows(range(5)), rows(range(10), 300), **few)
+    assert wrong.f8 > 0.9 and wrong.f1_8 < 0.6
+    assert metrics.prd_scores(rows(range(5)), rows(range(5, 10)), **few) == (
+        pytest.approx(0, abs=0.01),
+        pytest.approx(0, abs=0.01),
+    )
+    with pytest.raises(ValueError, match="clusters needs at least 10 rows of features, not 9"):
+        metrics.prd_scores(rows(range(5)), rows(range(5))[:9], **few)
+
+
+@pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance])
+def test_one_row_is_too_few(distance):
+    with pytest.raises(ValueError, match="needs at least 2 rows of features, not 1"):
+        distance(np.ones((1, 3)), np.ones((5, 3)))

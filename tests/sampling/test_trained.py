@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jdm.analysis import metrics
+from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import load_split
 
 SCRIPT = """
@@ -56,7 +57,7 @@ def images(optimised, tmp_path_factory):
 @pytest.mark.parametrize(("guidance", "least"), [("pixel", 0.94), ("representation", 0.93)])
 def test_samples_show_their_labels_and_are_like_real_images(images, guidance, least):
     train, test = (load_split("digits", split) for split in ("train", "test"))
-    labels, classifiers = np.arange(200) % 10, metrics.ReferenceClassifiers(*train)
+    labels, classifiers = np.arange(200) % 10, ReferenceClassifiers(*train)
     assert min(classifiers.agreement(images[guidance], labels).values()) >= least
     away = classifiers.agreement(images[f"{guidance} away"], np.arange(50) % 10)
     assert max(away.values()) <= 0.04  # a negative scale
@@ -73,7 +74,7 @@ def test_fifty_steps_to_the_noise_and_back_keep_the_image(images):
 # Of 64 edits, a share of 0.86 is missed by 0.12 at three standard errors.
 def test_an_edit_shows_its_label_and_no_longer_the_one_before(images):
     train, test = (load_split("digits", split) for split in ("train", "test"))
-    classifiers, labels = metrics.ReferenceClassifiers(*train), test.labels[64:128]
+    classifiers, labels = ReferenceClassifiers(*train), test.labels[64:128]
     assert min(classifiers.agreement(images["edit"], (labels + 3) % 10).values()) >= 0.74
     assert max(classifiers.agreement(images["edit"], labels).values()) <= 0.26
 

@@ -1,0 +1,251 @@
+"""Reference classifiers: they score samples, and are independent of the model that drew them.
+
+They are fitted on real training images alone. Which ones depends on the data:
+
+- images of up to 16 pixels a side, with one label each: a support vector classifier and the nearest
+  neighbour, on pixels; features are the hidden units of a perceptron;
+- larger images, and images with several attributes: a network of jdm's own, trained to classify
+  alone. It is trained once for each data set, and kept as a work folder that `jdm.load` reads.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
+
+from jdm.analysis.metrics import Labels, Pixels, flat
+from jdm.config import check_config, config_to_dict
+from jdm.configs import base
+from jdm.convert import write_work_folder
+from jdm.data.datasets import DATASETS
+from jdm.data.pipeline import train_batches
+from jdm.data.splits import Split
+from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.files import whole_folder
+from jdm.joint import Joint, classify, digest, load, to_floats
+from jdm.mesh import make_mesh, replicated, to_global
+from jdm.messages import say
+from jdm.nn.model import JointModel
+from jdm.numerics import fixed_flags, key_of
+from jdm.tracking import Progress
+from jdm.training.build import build
+
+SIDE = 16  # of the largest images that are classified by their pixels
+# Hidden units of the perceptron. Enough to tell digits apart, but few compared with the number of
+# samples, because the covariance of the features is estimated from these.
+FEATURES = 64
+
+# The network's training. More steps were too many for ten minutes on two CPU cores at 28×28.
+BATCH, MOST_STEPS, LEAST_STEPS, EPOCHS = 64, 3000, 500, 20
+LARGEST_LAST = 8  # the side length of the last level is at most this, where the size allows it
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The reference classifiers of a data set, and features of images.
+
+    predictors: {name: a function from uint8 images [N, H, W, C] to classes int [N]}; {} where
+    images have several attributes. features: a function from images to float32 [N, D]. dimension:
+    D. digest: of the weights that the features depend on.
+    """
+
+    predictors: Mapping[str, Callable[[Pixels], Labels]]
+    features: Callable[[Pixels], Float[np.ndarray, "n d"]]
+    dimension: int
+    digest: str
+
+
+def make_reference(joint: Joint, train: Split, cache: Path, batch_size: int) -> Reference:
+    """The reference classifiers of a model's data set.
+
+    train: its training split; images without a label are left out. cache: the folder that keeps a
+    trained network. batch_size: images that the network classifies at once.
+
+    Raises InvalidValue for a split without labels.
+    """
+    multi_label = joint.model.multi_label
+    labelled = train.labels.reshape(len(train.labels), -1).max(axis=1) >= 0
+    if not labelled.any():
+        raise InvalidValue("split", train.name, "has no labelled image for reference classifiers")
+    if not labelled.all():
+        train = Split(train.images[labelled], train.labels[labelled], train.name)
+    if joint.model.image_size > SIDE or multi_label:
+        return _of_network(network(joint, train, cache), batch_size)
+    fitted = ReferenceClassifiers(*train)
+    return Reference(fitted.predictors, fitted.features, FEATURES, fitted.digest)
+
+
+class ReferenceClassifiers:
+    """Classifiers of small images by their pixels, fitted on real images.
+
+    A support vector classifier (RBF kernel, C = 10) and a nearest-neighbour classifier predict
+    classes. The hidden layer of a perceptron gives features. All fits are deterministic.
+
+    images: uint8 [N, H, W, C], N up to a few thousand (fits take O(N²) or more). labels: int [N].
+    """
+
+    def __init__(self, images: Pixels, labels: Labels):
+        self._real = flat(images), labels
+        unfitted = {"svc": SVC(C=10), "1-nn": KNeighborsClassifier(n_neighbors=1)}
+        self._classifiers = {name: one.fit(*self._real) for name, one in unfitted.items()}
+
+    @functools.cached_property
+    def _perceptron(self) -> MLPClassifier:
+        return MLPClassifier((FEATURES,), max_iter=1000, random_state=0).fit(*self._real)
+
+    @property
+    def predictors(self) -> dict[str, Callable[[Pixels], Labels]]:
+        """{"svc", "1-nn"}: functions from images to classes."""
+
+        def predictor(one: Any) -> Callable[[Pixels], Labels]:
+            return lambda images: one.predict(flat(images))
+
+        return {name: predictor(one) for name, one in self._classifiers.items()}
+
+    def agreement(self, images: Pixels, labels: Labels) -> dict[str, float]:
+        """The accuracy of "svc" and of "1-nn" on these images, in [0, 1]."""
+        return {name: one.score(flat(images), labels) for name, one in self._classifiers.items()}
+
+    def features(self, images: Pixels) -> Float[np.ndarray, "_ d"]:
+        """The hidden units of the perceptron after the ReLU; it is fitted at the first call."""
+        weights, bias = self._perceptron.coefs_[0], self._perceptron.intercepts_[0]
+        return np.maximum(flat(images) @ weights + bias, 0)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the weights of the perceptron's hidden layer."""
+        return digest([self._perceptron.coefs_[0], self._perceptron.intercepts_[0]])
+
+
+# The network --------------------------------------------------------------------------------------
+
+
+def network_config(model: JointModel, count: int, flips: bool) -> ConfigDict:
+    """The config of the reference network for images as the model's.
+
+    count: the number of training images. flips: whether a mirrored image has the same class.
+    """
+    config, sides = base.get_config(), [model.image_size]
+    while sides[-1] > LARGEST_LAST and sides[-1] % 2 == 0:
+        sides.append(sides[-1] // 2)
+    shared = ("image_size", "image_channels", "num_classes", "multi_label")
+    config.model.update({name: getattr(model, name) for name in shared})
+    multipliers = tuple(min(2**level, 4) for level in range(len(sides)))
+    # Dropout draws a random number for every activation, which costs more than it helps here.
+    config.model.update(channels=16, multipliers=multipliers, blocks=1, attention=(), dropout=0.0)
+    policy = "natural" if flips else "digits"
+    config.loss.update(terms=("classifier",), classify="clean", weight=1.0, augment=policy)
+    config.data.batch_size = BATCH
+    steps = min(MOST_STEPS, max(LEAST_STEPS, EPOCHS * count // BATCH))
+    config.train.update(steps=steps, ema_decay=0.995)
+    config.optim.update(lr=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05)
+    check_config(config)
+    return config
+
+
+@fixed_flags()
+def network(joint: Joint, train: Split, cache: Path) -> Joint:
+    """The reference network of a data set: from the cache, or trained and kept there.
+
+    It depends on the training images, their labels and the config alone: not on the model, nor on
+    the number of devices, of which it uses one.
+    """
+    name = joint.config.data.name
+    # A data set outside the table may hold anything, and so its images are not mirrored.
+    flips = name in DATASETS and DATASETS[name].flips
+    config = network_config(joint.model, len(train.images), flips)
+    values = config_to_dict(config)
+    config_digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    side, data = joint.model.image_size, digest([train.images, train.labels])
+    folder = cache / f"reference-{side}x{side}-{data}-{config_digest}"
+    if not folder.exists():
+        weights = _trained(config, train, folder)
+        values["data"] |= {"name": name, "classes": tuple(joint.config.data.classes)}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
+                steps, dataset = config.train.steps, dict(joint.dataset)
+                write_work_folder(unfinished, steps, weights, values, dataset)
+        except OSError:
+            if not folder.exists():  # otherwise another process has trained the same network
+                raise
+    return load(folder)
+
+
+def _trained(config: ConfigDict, train: Split, folder: Path) -> Any:
+    """The EMA of the weights after all steps."""
+    rows, steps = config.data.batch_size, config.train.steps
+    count = f"{len(train.images):,} training images"
+    say(f"training a reference classifier on {count}, once; it will be kept in {folder}")
+    mesh, root, started = make_mesh(jax.local_devices()[:1]), key_of(config.seed), time.monotonic()
+    run = build(config, replicated(mesh))
+    state = run.init(root)
+    batches = train_batches(train.images, train.labels, batch_size=rows, seed=config.seed)
+    with Progress(steps * rows, "training the reference classifier", "images") as progress:
+        for _ in range(steps):
+            state, metrics = run.step(state, to_global(next(batches), mesh), root)
+            jax.block_until_ready(metrics)  # so that the progress is that of the device
+            progress.advance(rows)
+    if not np.isfinite(metrics["loss"][0]):
+        raise Failure(f"the loss of the reference classifier is not finite after {steps} steps")
+    say(f"trained the reference classifier in {time.monotonic() - started:.0f} s")
+    return jax.device_get(state.ema)
+
+
+def _of_network(joint: Joint, batch_size: int) -> Reference:
+    """A network as a Reference; its features are the hidden units of its head."""
+
+    def predict(images: Pixels) -> Int[np.ndarray, " n"]:
+        return np.asarray(classify(joint, images, batch_size=batch_size)).argmax(axis=1)
+
+    def features(images: Pixels) -> Float[np.ndarray, "n d"]:
+        hidden = functools.partial(_hidden, joint.model, joint.weights)
+        return in_batches(lambda x: hidden(to_floats(x)), images, batch_size)
+
+    predictors = {} if joint.model.multi_label else {"network": predict}
+    return Reference(predictors, features, joint.model.head_width, joint.digest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(model: JointModel, weights: Any, x: Any) -> Any:
+    """The hidden units of the normalised head of clean images, float32 [B, D]."""
+
+    def is_hidden(module: nn.Module, method: str) -> bool:
+        return module.path == ("head", "norm") and method == "__call__"
+
+    def apply(model: JointModel, x: Any) -> Any:
+        t = jnp.zeros(len(x), jnp.int32)
+        return model.classify(model.encode(x, t), t)
+
+    _, state = model.apply(
+        weights, x, method=apply, capture_intermediates=is_hidden, mutable="intermediates"
+    )
+    (normalised,) = state["intermediates"]["head"]["norm"]["__call__"]
+    return nn.silu(normalised)
+
+
+def in_batches(function: Callable, images: Pixels, batch_size: int) -> Float[np.ndarray, "n d"]:
+    """The results of a function of images [B, H, W, C], for batches of one shape, joined."""
+    if not len(images):
+        raise InvalidValue("images", NO_VALUE, "are none; there must be at least 1")
+    rows, size = [], min(batch_size, len(images))
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+        rows.append(np.asarray(function(padded), np.float32)[: len(batch)])
+    return np.concatenate(rows)
