@@ -24,6 +24,7 @@ _HOMES = {
     "interpolate": "jdm.sampling.editing",
     "invert": "jdm.sampling.editing",
     "features": "jdm.analysis.features",
+    "explain": "jdm.analysis.explain",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605
 

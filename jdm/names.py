@@ -84,16 +84,11 @@ THRESHOLDS = Names(["none", "static", "dynamic"])
 GUIDANCE = Names(["none", "pixel", "representation", "published"])
 SCALE_SCHEDULES = Names(["constant", "early", "late", "middle"])
 
-# Evaluation (jdm.analysis.evaluators)
-
-# Counterfactuals (jdm.analysis.explain)
-EXPLAIN_STARTS = Names(["noise", "inversion"])
-EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood"])
-EVALUATORS = Names(["classification"])
-PROBES = Names(["linear", "knn"])  # jdm.analysis.probe
-
-# What distances between images are measured in (jdm.analysis.extractors)
-EXTRACTORS = Names(["reference", "joint", "inception"])
+# Analysis (jdm.analysis)
+EVALUATORS = Names(["classification", "noise", "calibration", "likelihood", "ood", "generation"])
+PROBES = Names(["linear", "knn"])
+EXPLAIN_STARTS = Names(["noise", "inversion"])  # of counterfactuals
+EXTRACTORS = Names(["reference", "joint", "inception"])  # what distances are measured in
 
 
 class Metric(NamedTuple):
@@ -132,7 +127,3 @@ def metric_of(name: str) -> Metric | None:
     if variant.endswith("_real"):
         return None
     return METRICS.get(known) or METRICS.get(known.rstrip("0123456789").rstrip("_"))
-EVALUATORS = Names(["classification", "generation"])
-
-# What distances between images are measured in (jdm.analysis.extractors)
-EXTRACTORS = Names(["reference", "joint", "inception"])

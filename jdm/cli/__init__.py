@@ -17,9 +17,8 @@ import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
 from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
 
-COMMANDS = ("train", "sample", "eval", "probe", "data list", "data prepare", "data show", "convert")
 COMMANDS = (
-    *("train", "sample", "eval", "compare"),
+    *("train", "sample", "eval", "compare", "probe", "explain"),
     *("data list", "data prepare", "data show", "convert"),
 )
 GROUPS = {"data": "Data sets: list, prepare or show."}

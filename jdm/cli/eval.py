@@ -36,8 +36,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     text = f"{OPTIONS['eval.features'].allowed}: of images, for distances (those of the config)"
     add("--features", help=text)
     add("--seed", default="0", help="of all random draws; samples have the seeds from it on (0)")
-    for name in method.OPTIONS:
-        add(f"--{name}", help=f"of samples: {method.help_of(name)}")
+    for name, option in method.OPTIONS.items():
+        add(f"--{name}", help=f"of samples: {option.flag_help}")
     add("--out", help="a folder for report.json, report.md and report.html, which are replaced")
     add_other_data(command)
 

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from jdm import startup
-from jdm.analysis.probe_options import OPTIONS, ProbeOptions, help_of
+from jdm.analysis.probe_options import OPTIONS, ProbeOptions
 from jdm.cli.shared import CHECKPOINT, add_data_dir, add_other_data, data_dir, load_joint
 from jdm.config import OPTIONS as CONFIG
 from jdm.errors import InvalidValue
@@ -28,8 +28,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--checkpoint", action="append", required=True, help=text)
     text = "a new or empty folder for probe.json, probe.csv and probe.png"
     add("--out", required=True, help=text)
-    for name in OPTIONS:
-        add(f"--{name}", help=help_of(name))
+    for name, option in OPTIONS.items():
+        add(f"--{name}", help=option.flag_help)
     add("--data", help="another data set of the same classes (that of the training)")
     text = "share of train to hold out, if there is no validation split (that of the training)"
     add("--validation", help=text)

@@ -45,11 +45,10 @@ class EvaluationOptions:
     other images than those that are measured; None where there is none. other: images of another
     data set, which are out of distribution; their labels are not used. samples: the number of
     images to generate. method: how they are sampled. features: what distances between images are
-    measured in. seed: of all draws. bound_steps: at how many of the T noise levels the variational
-    bound of each image is computed; None is at all, which takes T forward passes an image.
     measured in, of names.EXTRACTORS. cache: the folder that keeps what is computed from real
     images, such as their features and reference classifiers; None is that of the model's data set.
-    seed: of all draws.
+    seed: of all draws. bound_steps: at how many of the T noise levels the variational bound of each
+    image is computed; None is at all, which takes T forward passes an image.
     """
 
     batch_size: int

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from jdm.analysis.explain.explanations import ALREADY, KEPT, UNLIKE, Explanations, shown_in
-from jdm.analysis.explain.options import OPTIONS, ExplainOptions
 from jdm.analysis.explain.program import Denoiser
 from jdm.analysis.explain.search import search
+from jdm.analysis.explain_options import OPTIONS, ExplainOptions
 from jdm.analysis.features import features
 from jdm.analysis.novelty import Novelty
 from jdm.data.identity import check_same, identity

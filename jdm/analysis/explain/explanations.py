@@ -37,7 +37,7 @@ def shown_in(
         of_target = probabilities[np.arange(len(targets)), targets]
         return np.asarray((probabilities.argmax(axis=1) == targets) & (of_target >= confidence))
     right = np.where(targets == 1, probabilities, 1 - probabilities)
-    return ((right >= max(confidence, 0.5)) | (targets < 0)).all(axis=1)
+    return np.all((right >= max(confidence, 0.5)) | (targets < 0), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
 
-from jdm.analysis.explain.options import AGAIN, ExplainOptions
 from jdm.analysis.explain.program import Denoiser
+from jdm.analysis.explain_options import AGAIN, ExplainOptions
 from jdm.tracking import Progress
 
 Images = UInt8[np.ndarray, "n h w c"]
