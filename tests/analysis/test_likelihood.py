@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
-from jdm.analysis.evaluators.likelihood import image_bounds, strata
+from jdm.analysis.evaluators.likelihood import Bound, image_bounds, strata
 from jdm.config import load_config
 from jdm.data.splits import Split, load_split
 from jdm.diffusion.process import VARIANCES, Diffusion
@@ -92,8 +92,8 @@ def test_every_term_of_the_bound_is_the_closed_form(loaded, variance):
     cdf = norm(guess[0], np.exp(0.5 * log_variance[0])).cdf
     terms[0] = -np.log2(cdf(X0 + 1 / 255) - cdf(X0 - 1 / 255))
     np.testing.assert_allclose(found.terms, np.tile(terms, (3, 1)), rtol=2e-3, atol=1e-6)
-    # The prior's: KL(N(sqrt(abar) x_0, 1 - abar) || N(0, 1)).
-    np.testing.assert_allclose(found.per_image, terms.sum() + found.prior, rtol=2e-3)
+    prior = diffusion.prior_bound(jnp.full((3, 8, 8, 1), X0))
+    np.testing.assert_allclose(found.prior, prior, rtol=1e-3, atol=1e-9)
 
 
 def test_the_prior_is_a_divergence_between_gaussians():
@@ -105,6 +105,12 @@ def test_the_prior_is_a_divergence_between_gaussians():
         nats = (q.pdf(z) * (q.logpdf(z) - p.logpdf(z))).sum() * (z[1] - z[0])
         found = diffusion.prior_bound(jnp.full((2, 4, 4, 1), x0))
         np.testing.assert_allclose(found, nats / np.log(2), rtol=1e-4)
+
+
+def test_a_bound_is_the_prior_and_every_term_as_often_as_its_stratum_has_levels():
+    prior, terms = np.array([0.5, 2.0]), np.array([[1.0, 10.0, 100.0], [2.0, 0.0, 0.0]])
+    bound = Bound(prior, terms, np.array([0, 1, 3, 6], np.int32))
+    np.testing.assert_allclose(bound.per_image, [0.5 + 1 + 20 + 300, 4.0])
 
 
 def test_the_estimate_of_x0_is_clipped(loaded):
