@@ -8,7 +8,6 @@ import jdm
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
 from jdm.config import load_config
 from jdm.data.splits import load_split
-from jdm.names import EVALUATORS
 from jdm.numerics import key_of
 from jdm.sampling import programs
 from jdm.tracking import read_metrics
@@ -50,12 +49,13 @@ def results(path):
     joint, rng = jdm.load(path), np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     noisy, t = rng.normal(size=(4, 8, 8, 1)).astype(np.float32), np.arange(4, dtype=np.int32)
-    split, options = load_split("digits", "validation"), EvaluationOptions(64)
+    split, options = load_split("digits", "validation"), EvaluationOptions(64, bound_steps=2)
+    evaluated = evaluate(joint, ["classification", "likelihood"], split, options)
     few = dict(sampler="ancestral", labels=[1, 2, 3, 4], guidance="pixel", steps=2)
     return {
         "sample": jdm.sample(joint, seeds=[3, 5, 7, 2**32 - 1], **few).images,
         "interpolate": jdm.interpolate(joint, (3, 5), 4, steps=2).images,
-        "evaluate": np.array([x for _, x in evaluate(joint, EVALUATORS, split, options)]),
+        "evaluate": np.array([x for _, x in evaluated if isinstance(x, float)]),
         "classify": jdm.classify(joint, images),
         "logits": np.asarray(joint.logits(noisy, t)),
         "denoise": np.asarray(joint.denoise(noisy, t)),

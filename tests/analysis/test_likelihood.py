@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from jdm.analysis.evaluators import EvaluationOptions, evaluate
-from jdm.analysis.evaluators.likelihood import image_bounds, strata
+from jdm.analysis.evaluators.likelihood import Bound, image_bounds, strata
 from jdm.config import load_config
 from jdm.data.splits import Split, load_split
 from jdm.diffusion.process import VARIANCES, Diffusion
@@ -92,8 +92,8 @@ def test_every_term_of_the_bound_is_the_closed_form(loaded, variance):
     cdf = norm(guess[0], np.exp(0.5 * log_variance[0])).cdf
     terms[0] = -np.log2(cdf(X0 + 1 / 255) - cdf(X0 - 1 / 255))
     np.testing.assert_allclose(found.terms, np.tile(terms, (3, 1)), rtol=2e-3, atol=1e-6)
-    # The prior's: KL(N(sqrt(abar) x_0, 1 - abar) || N(0, 1)).
-    np.testing.assert_allclose(found.per_image, terms.sum() + found.prior, rtol=2e-3)
+    prior = diffusion.prior_bound(jnp.full((3, 8, 8, 1), X0))
+    np.testing.assert_allclose(found.prior, prior, rtol=1e-3, atol=1e-9)
 
 
 def test_the_prior_is_a_divergence_between_gaussians():
@@ -107,6 +107,12 @@ def test_the_prior_is_a_divergence_between_gaussians():
         np.testing.assert_allclose(found, nats / np.log(2), rtol=1e-4)
 
 
+def test_a_bound_is_the_prior_and_every_term_as_often_as_its_stratum_has_levels():
+    prior, terms = np.array([0.5, 2.0]), np.array([[1.0, 10.0, 100.0], [2.0, 0.0, 0.0]])
+    bound = Bound(prior, terms, np.array([0, 1, 3, 6], np.int32))
+    np.testing.assert_allclose(bound.per_image, [0.5 + 1 + 20 + 300, 4.0])
+
+
 def test_the_estimate_of_x0_is_clipped(loaded):
     """Black images, whose noised versions are often below -2: half of that, clipped, is right."""
     joint, black = joint_of(loaded, Noisy), np.zeros((64, 8, 8, 1), np.uint8)
@@ -116,11 +122,12 @@ def test_the_estimate_of_x0_is_clipped(loaded):
     c = np.sqrt(before) * joint.diffusion.betas / (1 - joint.diffusion.abar)
     most = 0.5 * (2 * c) ** 2 * np.exp(-joint.diffusion.small_log_variance) / np.log(2)
     assert (found.terms[:, 1:] < most[1:]).all()
-    # At the last t, x_t is noise alone: its half is clipped at -1 and 1, two deviations away.
     z = np.linspace(-12, 12, 20_001)
-    a, b = (float(s[0, 0, 0, 0]) for s in joint.diffusion.scales(jnp.array([T - 1])))
-    square = (norm.pdf(z) * (1 + np.clip((-a + b * z) / 2, -1, 1)) ** 2).sum() * (z[1] - z[0])
-    assert found.terms[:, -1].mean() == pytest.approx(most[-1] * square / 4, rel=0.05)
+    for t in range(1, T):
+        a, b = (float(s[0, 0, 0, 0]) for s in joint.diffusion.scales(jnp.array([t])))
+        square = norm.pdf(z) * (1 + np.clip((-a + b * z) / 2, -1, 1)) ** 2
+        expected = most[t] * square.sum() * (z[1] - z[0]) / 4
+        assert found.terms[:, t].mean() == pytest.approx(expected, rel=0.05)
 
 
 def test_strata_divide_the_levels_and_each_has_one_or_more():
