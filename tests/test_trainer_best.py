@@ -123,8 +123,8 @@ def test_equal_values_and_nans_are_no_better():
         (["checkpoint.best=agreement/svc_real"], "config.checkpoint.best='agreement/svc_real' "),
         (["train.patience=2"], "config.train.patience=2 needs config.checkpoint.best, "),
         (
-            ["checkpoint.best=accuracy", "eval.metrics=()"],
-            "config.eval.metrics=() must be one or more",
+            ["checkpoint.best=bits_per_dimension"],
+            "config.checkpoint.best='bits_per_dimension' needs 'likelihood' among config.eval.",
         ),
     ],
 )
