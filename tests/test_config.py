@@ -15,7 +15,7 @@ from jdm import config
 from jdm.config import OPTIONS, config_from_dict, config_names, config_to_dict, differences, flatten
 from jdm.config import load_config as load_named
 from jdm.configs import base
-from jdm.configs.base import CLASSES, DIFFERENT, LEVELS, SEED, SIDES
+from jdm.configs.base import CLASSES, DIFFERENT, LEVELS, METRIC, SEED, SIDES
 from jdm.data.datasets import DATASETS
 from jdm.errors import InvalidValue
 from jdm.mesh import by_row, make_mesh, replicated
@@ -303,6 +303,7 @@ OUT_OF_RANGE = {
     LEVELS: ((), (0, 1), (1.5,), ("wide",)),
     CLASSES: ((3,), (1, 1), (-1, 2), (0.5, 1), ("cat", "dog")),
     DIFFERENT: ((),),
+    METRIC: ("acuracy", "agreement/svc_real"),
 }
 
 

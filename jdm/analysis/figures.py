@@ -81,6 +81,7 @@ def draw_bars(axes: "Axes", names: Sequence[str], values: Sequence[float]) -> No
     places = range(len(names))
     axes.bar(places, np.nan_to_num(values), color=[f"C{i % 10}" for i in places])
     axes.set_xticks(places, names, rotation=20, ha="right")
+    axes.set_axisbelow(True)
     axes.grid(True, axis="y")
 
 
