@@ -124,7 +124,7 @@ class ReferenceClassifiers:
     def features(self, images: Pixels) -> Float[np.ndarray, "_ d"]:
         """The hidden units of the perceptron after the ReLU; it is fitted at the first call."""
         weights, bias = self._perceptron.coefs_[0], self._perceptron.intercepts_[0]
-        return np.maximum(flat(images) @ weights + bias, 0)
+        return np.maximum(flat(images) @ weights + bias, 0).astype(np.float32)
 
     @property
     def digest(self) -> str:
