@@ -124,7 +124,7 @@ class ReferenceClassifiers:
     def features(self, images: Pixels) -> Float[np.ndarray, "_ d"]:
         """The hidden units of the perceptron after the ReLU; it is fitted at the first call."""
         weights, bias = self._perceptron.coefs_[0], self._perceptron.intercepts_[0]
-        return np.maximum(flat(images) @ weights + bias, 0)
+        return np.maximum(flat(images) @ weights + bias, 0).astype(np.float32)
 
     @property
     def digest(self) -> str:
@@ -153,7 +153,8 @@ def network_config(model: JointModel, count: int, flips: bool) -> ConfigDict:
     config.data.batch_size = BATCH
     steps = min(MOST_STEPS, max(LEAST_STEPS, EPOCHS * count // BATCH))
     config.train.update(steps=steps, ema_decay=0.995)
-    config.optim.update(lr=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05)
+    warmup = dict(schedule="cosine", warmup_steps=min(100, steps // 10))
+    config.optim.update(lr=2e-3, weight_decay=0.05, **warmup)
     check_config(config)
     return config
 
