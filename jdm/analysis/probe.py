@@ -249,7 +249,8 @@ def _own_accuracy(joint: Joint, test: Split, batch_size: int) -> float | None:
     """The test accuracy of the model's own classifier; None where it has none."""
     if not joint.has_classifier:
         return None
-    return float(dict(classification(joint, test, EvaluationOptions(batch_size)))["accuracy"])
+    found = dict(classification(joint, test, EvaluationOptions(batch_size)))
+    return float(found["accuracy"])  # type: ignore[arg-type]
 
 
 def shape_over_t(
