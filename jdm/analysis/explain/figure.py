@@ -22,7 +22,7 @@ STRONGEST = 0.5  # the change, as a share of the range of pixels, that is drawn 
 def of_rows(found: "Explanations", rows: Sequence[int]) -> bytes:
     """PNG: for each row the image, the counterfactual, what was added and removed, the control,
     the film, and the figures."""
-    figure = _figure(13, 1.75 * len(rows) + 0.5)
+    figure = _figure(13.0, 1.75 * len(rows) + 0.5)
     columns = ["before", "after", "added, removed", "control"]
     grid = figure.add_gridspec(
         len(rows), len(columns) + FRAMES + 1, width_ratios=[1] * 4 + [0.55] * FRAMES + [2.6]
@@ -56,7 +56,7 @@ def of_summary(found: "Explanations") -> bytes:
     pairs = _pairs(found)
     columns = min(4, max(1, len(pairs)))
     lines = max(1, -(-len(pairs) // columns))
-    figure = _figure(3 * columns, 3 * lines + 0.6)
+    figure = _figure(3.0 * columns, 3 * lines + 0.6)
     for number, (name, rows) in enumerate(pairs.items(), 1):
         axes = figure.add_subplot(lines, columns, number)
         maps = [signed_change(found.before[i], found.after[i]) for i in rows]

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
 
-from jdm.analysis.explain.program import Denoiser
 from jdm.analysis.explain_options import AGAIN, ExplainOptions
 from jdm.tracking import Progress
 
@@ -35,8 +34,8 @@ class Found(NamedTuple):
 
 
 def search(
-    guided: Denoiser,
-    unguided: Denoiser,
+    guided: Callable[..., Images],
+    unguided: Callable[..., Images],
     options: ExplainOptions,
     scale: float,
     images: Images,
@@ -45,7 +44,7 @@ def search(
     todo: Bool[np.ndarray, " n"],
     shows: Callable[[Images, np.ndarray, float], Bool[np.ndarray, " k"]],
 ) -> Found:
-    """guided, unguided: denoise with the guidance and mask, and with neither. todo: for which
+    """guided, unguided: a Denoiser with the guidance and mask, and with neither. todo: for which
     images. shows: (images [K], their rows, confidence) -> whether the model sees the targets of
     these rows in them, at least with the confidence."""
     after, control = images.copy(), images.copy()
@@ -63,9 +62,9 @@ def search(
             frames = np.repeat(images[None], len(options.strengths) + 1, axis=0)
             for number, strength_now in enumerate(options.strengths, 1):
                 rows = np.flatnonzero(todo & np.isnan(strength))
-                shares = np.full(len(rows), share_now)
+                shares = np.full(len(rows), share_now, float)
                 of = images[rows], seeds[rows], targets[rows]
-                changed = guided(*of, strength_now, scale, shares)
+                changed = guided(*of, float(strength_now), scale, shares)
                 frames[number:, rows] = changed
                 flips = shows(changed, rows, options.confidence)
                 if options.again > 0:

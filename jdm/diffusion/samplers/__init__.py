@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jdm import names
 from jdm.arrays import Images, Times
@@ -21,7 +21,7 @@ from jdm.diffusion.process import Diffusion, Level
 from jdm.diffusion.samplers.base import EpsFn, Sampler, Visit
 from jdm.diffusion.samplers.ddim import ddim_inverse as ddim_inverse
 from jdm.diffusion.samplers.times import SPACINGS as SPACINGS
-from jdm.diffusion.samplers.times import Timesteps
+from jdm.diffusion.samplers.times import AnyTimesteps
 from jdm.diffusion.samplers.times import timesteps as timesteps
 
 SAMPLERS: dict[str, Sampler] = names.SAMPLERS.modules(__name__, "SAMPLER")
@@ -59,7 +59,7 @@ def reverse(
     diffusion: Diffusion,
     x: Images,
     keys: Key[Array, " b"],
-    times: Timesteps | Int[Array, " steps"],
+    times: AnyTimesteps,
     method: Method,
     trajectory: bool = False,
     replace: Callable[[Images, Times, Images, Level], Images] | None = None,
@@ -104,7 +104,7 @@ def reverse(
     return estimates[-1], estimates  # x but for rounding: XLA may compute the two separately
 
 
-def _visits(diffusion: Diffusion, times: Timesteps | Int[Array, " steps"], evaluations: int):
+def _visits(diffusion: Diffusion, times: AnyTimesteps, evaluations: int):
     """The fields of every Visit in order, as arrays. With two evaluations a step, all timesteps but
     the first are visited twice: at the predictor's x, then at the corrected x."""
     times = jnp.asarray(times)

@@ -20,7 +20,7 @@ import numpy as np
 from jdm.arrays import Images
 from jdm.diffusion.process import Diffusion, Level
 from jdm.diffusion.samplers.base import EpsFn, Sampler, Steps, angle, velocity
-from jdm.diffusion.samplers.times import Timesteps
+from jdm.diffusion.samplers.times import AnyTimesteps
 
 
 def ddim(diffusion, method):
@@ -38,7 +38,7 @@ SAMPLER = Sampler(ddim, draws_noise=lambda method: method.eta > 0, takes=("eta",
 
 
 def ddim_inverse(
-    eps_fn: EpsFn, diffusion: Diffusion, x0: Images, times: Timesteps, iterations: int = 5
+    eps_fn: EpsFn, diffusion: Diffusion, x0: Images, times: AnyTimesteps, iterations: int = 5
 ) -> Images:
     """The x_T [B, H, W, C] from which `ddim`, with eta = 0 and the same times, returns to x0.
 

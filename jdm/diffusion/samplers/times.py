@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jdm import names
 from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
 
 Timesteps = Int[np.ndarray, " steps"]  # decreasing
+AnyTimesteps = Timesteps | Int[Array, " steps"]  # the latter may be traced
 Measure = Float[np.ndarray, " t"]
 
 # The quantity in which the timesteps are evenly spaced, as a function of abar: float64 [T] -> [T],
