@@ -65,7 +65,7 @@ def measure(joint, train, test, rows, targets, reference, options) -> tuple[dict
     for k in np.unique(targets):
         of = targets == k
         nearest[of] = nearest_distances(train.images[train.labels == k], images[of])
-    searched = np.array([reason in ("", "no strength changes the class") for reason in found.reasons])
+    searched = found.searched
     figures = {
         "pairs": len(rows),
         "unlike": float(1 - searched.mean()),

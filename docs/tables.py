@@ -8,11 +8,12 @@ A table is between <!-- table: NAME --> and <!-- end -->; a test fails where it 
 import re
 from pathlib import Path
 
+from jdm.analysis.explain_options import OPTIONS as EXPLAIN
 from jdm.diffusion.method import OPTIONS
 from jdm.options import table
 
 FOLDER = Path(__file__).parent
-TABLES = {"sampling.md": {"options": OPTIONS}}
+TABLES = {"sampling.md": {"options": OPTIONS}, "explain.md": {"options": EXPLAIN}}
 
 
 def written(page: str) -> str:

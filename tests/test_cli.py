@@ -235,7 +235,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(run, tiny, tmp
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "sample", "eval", "compare", "convert"),
+        *("train", "sample", "eval", "compare", "probe", "explain", "convert"),
         *("data", "data list", "data prepare", "data show"),
     ],
 )

@@ -208,3 +208,7 @@ def test_calibration_without_a_validation_split_is_one_sentence(joint, split):
     with pytest.raises(InvalidValue, match="^split='validation' has no labelled image$"):
         hidden = Split(split.images, np.full(100, -1, np.int32), "validation")
         found_by("calibration", joint, *split, load=lambda name: hidden)
+
+
+def test_every_metric_with_a_better_end_is_of_an_evaluator():
+    assert {metric.evaluator for metric in names.METRICS.values()} <= set(EVALUATORS)

@@ -84,6 +84,11 @@ class Explanations:
         return np.array([reason == "" for reason in self.reasons])
 
     @property
+    def searched(self) -> Bool[np.ndarray, " n"]:
+        """Whether a counterfactual was searched for."""
+        return np.array([reason in ("", KEPT) for reason in self.reasons])
+
+    @property
     def agreed(self) -> Bool[np.ndarray, " n"] | None:
         """Whether the reference classifier sees the target in the counterfactual too."""
         if self.reference_after is None:
@@ -121,7 +126,7 @@ class Explanations:
         """Figures over all rows. Shares are of the rows that were searched for: those whose image
         is not unlike the training images, and did not show the target before. Distances are means
         over the counterfactuals; NaN where there is none."""
-        valid, searched = self.valid, self.valid | np.isin(self.reasons, [KEPT])
+        valid, searched = self.valid, self.searched
         count = max(int(searched.sum()), 1)
 
         def mean(values: np.ndarray) -> float:
