@@ -36,6 +36,7 @@ ADDED: dict[str, Any] = {
     "exec.attention": "auto",  # was "xla"; they differ by rounding errors
     "train.patience": 0,
     "eval.samples": 1000,
+    "eval.bound_steps": 50,
     "eval.features": "reference",
     "eval.ood": "",
     "checkpoint.best": "",

@@ -177,7 +177,8 @@ def evaluation_options(config: ConfigDict) -> EvaluationOptions:
     other = section.ood and load_split(section.ood, section.split, ood_options(data, model))
     names = ("batch_size", "samples", "features")
     given = {name: section[name] for name in names}
-    return EvaluationOptions(**given, load=load_one, other=other or None)
+    steps = section.bound_steps or None
+    return EvaluationOptions(**given, load=load_one, other=other or None, bound_steps=steps)
 
 
 def best_so_far(config: ConfigDict, workdir: Path, last: int | None) -> Best | None:

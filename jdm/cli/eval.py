@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 HELP = "Evaluate a model: its classifier, its likelihoods and its samples."
 EXAMPLE = "jdm eval --checkpoint=runs/digits --metrics=classification --out=report/"
-OF_CONFIG = ("metrics", "samples", "features", "ood")  # flags whose default is that of the config
+OF_CONFIG = (
+    "metrics",
+    "samples",
+    "features",
+    "bound_steps",
+    "ood",
+)  # flags whose default is that of the config
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
@@ -35,6 +41,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--samples", help="images to generate, for generation (as many as the config says)")
     text = f"{OPTIONS['eval.features'].allowed}: of images, for distances (those of the config)"
     add("--features", help=text)
+    text = "noise levels at which each image's bound is computed, for likelihood and ood; 0: all"
+    add("--bound_steps", help=f"{text} (as many as the config says)")
     add("--seed", default="0", help="of all random draws; samples have the seeds from it on (0)")
     for name, option in method.OPTIONS.items():
         add(f"--{name}", help=f"of samples: {option.flag_help}")
@@ -54,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.analysis.page import files
     from jdm.analysis.report import Report, lines
     from jdm.data.fit import evaluation_options, ood_options
-    from jdm.data.splits import load_split
+    from jdm.data.splits import cache_root, load_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
     config, where = joint.config, data_dir(arguments)
@@ -83,7 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
         samples=chosen["samples"],
         method=sampling,
         features=chosen["features"],
+        cache=cache_root(options),
         seed=seed,
+        bound_steps=chosen["bound_steps"] or None,
     )
     protocol = _about(joint, arguments.checkpoint) | {
         "data": name,
@@ -94,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": seed,
         "samples": chosen["samples"],
         "features": chosen["features"],
+        "bound_steps": chosen["bound_steps"],
         "method": sampling.settings(),
         "ood": ood or None,
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),

@@ -131,6 +131,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         features=_resumable(
             "reference", "of images, for the distances between them", names=names.EXTRACTORS
         ),
+        bound_steps=_resumable(
+            50, "noise levels at which each image's bound is computed; 0: all of them", NOT_NEGATIVE
+        ),
         ood=_resumable(
             "", "a data set to tell from data.name, for ood", names=names.DATASETS, folder=True
         ),
