@@ -2,7 +2,7 @@
 
     python benchmarks/cells.py --tar=blood-cells.tar --out=cells
     jdm data prepare folder:cells
-    jdm train --config=cells --config.data.name=folder:cells --workdir=runs/cells
+    jdm train --config=benchmarks/cells_config.py --workdir=runs/cells
 
 The archive holds train/{red,white,platelet}/SSSSS_NN.png, where SSSSS is the smear, of the BCCD
 data set (Shenggan/BCCD_Dataset, MIT licence). Cells of one smear look alike, so all of them go into

@@ -5,6 +5,7 @@ checked before JAX is imported.
 """
 
 import dataclasses
+import typing
 
 from jdm.options import POSITIVE, TUPLE, WHOLE, Rule, check_fields, declared, options_of
 
@@ -19,6 +20,7 @@ BLOCKS = Rule("one or more different names", lambda v: len(set(v)) == len(v) > 0
 SEED = Rule("between 0 and 2147483647", lambda v: 0 <= v < 2**31)
 
 
+@typing.no_type_check  # of the tests' run-time checker, so that Option.check reports wrong types
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
     """What is probed, and on how many images. Raises InvalidValue for a wrong type or range.
