@@ -44,7 +44,7 @@ class ExplainOptions:
         "that flips is taken",
         RISING,
     )
-    confidence: float = declared(0.9, "the probability that the target must reach", UNIT)
+    confidence: float = declared(0.99, "the probability that the target must reach", UNIT)
     again: float = declared(
         AGAIN,
         "noise level, as a share of T, after which the image, denoised again without guidance, "
