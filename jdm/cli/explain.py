@@ -127,9 +127,13 @@ def _region(joint: "Joint", path: str) -> "np.ndarray":
     import numpy as np
     from PIL import Image
 
+    from jdm.data.decoding import check_image
+
     file, size = Path(local_path("region", path)), joint.image_shape[:2]
     if not file.is_file():
         raise InvalidValue("region", path, "is not a file")
+    if why := check_image(file.read_bytes()):
+        raise InvalidValue("region", path, f"cannot be decoded: {why}")
     pixels = np.asarray(Image.open(file).convert("L"))
     if pixels.shape != size:
         allowed = f"is of {pixels.shape[1]}×{pixels.shape[0]} pixels; the model's images are "

@@ -178,6 +178,8 @@ def test_a_folder_holds_figures_films_and_numbers(found, tmp_path):
         np.testing.assert_array_equal(stored["after"], found.after)
     with pytest.raises(InvalidValue, match="exists and is not empty"):
         found.save(tmp_path / "why")
+    with pytest.raises(InvalidValue, match="cannot be written: the folder .* does not exist"):
+        found.save(tmp_path / "none" / "why.png")
     with pytest.raises(InvalidValue, match="must end in .png or .npz, or be a new folder"):
         found.save(tmp_path / "why.gif")
 
@@ -193,6 +195,10 @@ def test_a_folder_holds_figures_films_and_numbers(found, tmp_path):
         (dict(region=np.ones((4, 4), bool)), r"^region is bool\(4, 4\); bool of the shape"),
         (dict(region=np.zeros((8, 8), bool)), "^region has no pixel that may change"),
         (dict(steps=100), "^steps=100 must be at most"),
+        (
+            dict(guidance="none"),
+            "^guidance='none' leads to no target; a counterfactual needs pixel",
+        ),
         (dict(images=np.zeros((0, 8, 8, 1), np.uint8)), "^images are none"),
         (dict(images=np.zeros((1, 9, 9, 1), np.uint8)), "^images have the shape"),
     ],
@@ -219,3 +225,6 @@ def test_the_command_reads_a_picture_and_writes_a_figure(tiny, images, joint, ru
     assert "valid" in done.stdout and Image.open(tmp_path / "why.png").size[0] > 500
     wrong = run(*command[:-5], "--images=none.png", f"--target={target}", cwd=tmp_path)
     assert wrong.returncode == 2 and "--images='none.png' is neither a file" in wrong.stderr
+    (tmp_path / "text.png").write_text("text")
+    drawn = run(*command, "--region=text.png", cwd=tmp_path)
+    assert drawn.returncode == 2 and "--region='text.png' cannot be decoded" in drawn.stderr

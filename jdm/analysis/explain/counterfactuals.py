@@ -27,6 +27,7 @@ from jdm.analysis.features import features
 from jdm.analysis.novelty import Novelty
 from jdm.data.identity import check_same, identity
 from jdm.data.splits import ReadOptions, load_split
+from jdm.diffusion.guidance import GUIDANCE
 from jdm.diffusion.guidance import chosen as choose
 from jdm.diffusion.method import OPTIONS as METHOD
 from jdm.diffusion.method import Method, method_of
@@ -106,6 +107,10 @@ def explain(
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     chosen = ExplainOptions(**given)
     method = method_of(None, DEFAULTS | {k: v for k, v in options.items() if k in METHOD})
+    guides = [name for name, record in GUIDANCE.items() if "labels" in record.takes]
+    if method.guidance not in guides:
+        allowed = f"leads to no target; a counterfactual needs {', '.join(guides)}"
+        raise InvalidValue("guidance", method.guidance, allowed)
     check_trained(joint, "diffusion")
     check_trained(joint, "classifier")
     before = _pixels(check_images(joint, images, least=1))
@@ -206,7 +211,9 @@ def _class(joint: Joint, one: Any) -> int:
     number = int(one) if isinstance(one, str) and one.isdecimal() else one
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
         return number
-    known = f"the classes are 0 to {count - 1}" + (f", {', '.join(names)}" if names else "")
+    known = f"the classes are 0 to {count - 1}"
+    if not all(name.isdecimal() for name in names):
+        known += f": {', '.join(names)}"
     raise InvalidValue("target", one, f"is no class; {known}", did_you_mean(one, names))
 
 

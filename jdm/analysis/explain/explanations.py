@@ -240,4 +240,7 @@ def check_out(path: str | os.PathLike) -> Path:
     if out.suffix and out.suffix not in FORMATS:
         allowed = f"must end in {' or '.join(FORMATS)}, or be a new folder"
         raise InvalidValue("out", str(path), allowed)
+    if out.suffix and not out.parent.is_dir():
+        missing = f"cannot be written: the folder {out.parent} does not exist"
+        raise InvalidValue("out", str(path), missing)
     return out if out.suffix else new_folder("out", out)
