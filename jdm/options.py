@@ -7,8 +7,10 @@ documentation are generated from these declarations.
 
 import ast
 import dataclasses
+import inspect
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -162,12 +164,40 @@ def check_fields(values: Any) -> None:
         option.check(name, getattr(values, name))
 
 
+def takes(
+    options: Mapping[str, Option],
+    described_here: Mapping[str, Option],
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Callable], Callable]:
+    """A decorator that adds options to the signature of a function, in place of its **options.
+
+    described_here: those that are described in its docstring, in place of the word OPTIONS.
+    defaults: of some options, where those of the function are not the declared ones.
+    """
+    kind, own = inspect.Parameter.KEYWORD_ONLY, defaults or {}
+
+    def decorated(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, kind, default=own.get(name, option.default))
+            for name, option in options.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        if function.__doc__:
+            lines = textwrap.indent(described(described_here), "    ").strip()
+            function.__doc__ = function.__doc__.replace("OPTIONS", lines)
+        return function
+
+    return decorated
+
+
 def plain_number(value: Any) -> Any:
     """A NumPy or JAX scalar as a Python number, for JSON; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def described(options: dict[str, Option]) -> str:
+def described(options: Mapping[str, Option]) -> str:
     """One line for each option, for a docstring."""
     return "\n".join(f"{name}: {one.help} ({one.shown_default})." for name, one in options.items())
 

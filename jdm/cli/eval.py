@@ -16,7 +16,6 @@ from jdm.files import local_path, made_folder, write_whole
 from jdm.messages import STDOUT, say
 
 if TYPE_CHECKING:
-    from jdm.data.splits import Split
     from jdm.joint import Joint
 
 HELP = "Evaluate a model: its classifier, its likelihoods and its samples."
@@ -62,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.analysis.page import files
     from jdm.analysis.report import Report, lines
     from jdm.data.fit import evaluation_options, ood_options
+    from jdm.data.identity import checked_contents
     from jdm.data.splits import cache_root, load_split
 
     joint = load_joint("checkpoint", arguments.checkpoint)
@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         options = evaluation_options(name, config.data, config.model, where)
         split = load_split(name, arguments.split, options)
-        contents = _contents(joint, name, split, options, check=not arguments.other_data)
+        known = {} if arguments.other_data else joint.dataset
+        (contents,) = checked_contents(known, name, options, [split.name], "evaluates").values()
     except InvalidValue as error:
         named = error.parameter == "config.data.name" and arguments.data
         raise (error.about("data") if named else error) from None
@@ -138,20 +139,6 @@ def _read(key: str, flag: str, arguments: argparse.Namespace) -> Any:
     value = option.read(flag, text)
     option.check(flag, value)
     return value
-
-
-def _contents(joint: "Joint", name: str, split: "Split", options: Any, check: bool) -> str:
-    """The hash of the contents of a data set's split. check: whether to raise InvalidValue where
-    the model was trained on other data."""
-    from jdm.data.identity import check_same, identity
-    from jdm.data.lookup import dataset
-    from jdm.data.splits import stored_split
-
-    stored = stored_split(dataset(name), split.name)
-    now = identity(name, options, [stored])
-    if check:
-        check_same(joint.dataset, now, "config.data.name", "evaluates")
-    return now["contents"][stored]
 
 
 def _about(joint: "Joint", path: str) -> dict[str, Any]:

@@ -102,9 +102,9 @@ def _read_options(
     Raises InvalidValue where it does not fit the model, or has not the three splits.
     """
     from jdm.data.fit import evaluation_options
-    from jdm.data.identity import check_same, identity
+    from jdm.data.identity import checked_contents
     from jdm.data.lookup import dataset
-    from jdm.data.splits import split_names, stored_split
+    from jdm.data.splits import split_names
 
     config, facts = joint.config, dataset(name)
     options = evaluation_options(name, config.data, config.model, folder)
@@ -115,8 +115,5 @@ def _read_options(
         said = f"has no split {' or '.join(missing)}; a probe needs {', '.join(SPLITS)}"
         hint = "--validation=0.05 holds out a share of train" if "validation" in missing else ""
         raise InvalidValue("config.data.name", name, said, hint)
-    if same:
-        stored = sorted({stored_split(facts, split) for split in SPLITS})
-        now = identity(name, options, stored)
-        check_same(joint.dataset, now, "config.data.name", "probes")
+    checked_contents(joint.dataset if same else {}, name, options, SPLITS, "probes")
     return options

@@ -88,14 +88,29 @@ def class_differences(before: Identity, now: Identity) -> list[str]:
 def check_same(before: Identity, now: Identity, parameter: str, verb: str) -> None:
     """Raises InvalidValue, about the parameter, where the data differs from what it was.
 
-    before: of a checkpoint; {} is unknown. verb: what --other-data does then: "trains".
+    before: of a checkpoint; {} is unknown. verb: what --other-data does then: "trains"; "" where
+    there is no such flag.
     """
     other = now["name"] != before.get("name", now["name"])
     found = class_differences(before, now) if other else differences(before, now)
     if found:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         differs = f"is not what the model was trained on: {'; '.join(found[:SHOWN])}{more}"
-        raise InvalidValue(parameter, now["name"], differs, f"--other-data {verb} on it anyway")
+        hint = f"--other-data {verb} on it anyway" if verb else ""
+        raise InvalidValue(parameter, now["name"], differs, hint)
+
+
+def checked_contents(
+    before: Identity, name: str, options: ReadOptions, splits: Iterable[str], verb: str
+) -> dict[str, str]:
+    """{split of the records: hash} of those that hold these splits of a data set.
+
+    before, verb: see `check_same`, which is about config.data.name here; {} accepts any data.
+    """
+    facts = dataset(name)
+    now = identity(name, options, sorted({stored_split(facts, split) for split in splits}))
+    check_same(before, now, "config.data.name", verb)
+    return now["contents"]
 
 
 def _contents(folder: Path, records: Records) -> str:

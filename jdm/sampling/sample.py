@@ -1,9 +1,6 @@
 """`jdm.sample`: images of a trained model, one per seed."""
 
-import inspect
 import os
-import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,30 +8,14 @@ import numpy as np
 from jdm.diffusion.method import OPTIONS, Method, method_of
 from jdm.joint import Joint, as_joint, check_noise, name_of
 from jdm.numerics import fixed_flags
-from jdm.options import described
+from jdm.options import takes
 from jdm.sampling.generate import generate
 from jdm.sampling.labels import Numbers
 from jdm.sampling.request import check_request, from_noise
 from jdm.sampling.samples import Samples
 
 
-def takes_method_options(function: Callable) -> Callable:
-    """Adds the options of Method to a function's signature and, in place of the word OPTIONS, to
-    its docstring."""
-    signature = inspect.signature(function)
-    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for name, option in OPTIONS.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    if function.__doc__:
-        lines = textwrap.indent(described(OPTIONS), "    ").strip()
-        function.__doc__ = function.__doc__.replace("OPTIONS", lines)
-    return function
-
-
-@takes_method_options
+@takes(OPTIONS, described_here=OPTIONS)
 @fixed_flags()
 def sample(
     joint: Joint | str | os.PathLike,
