@@ -11,6 +11,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jdm import checkpoint
-from jdm.analysis.evaluators import EvaluationOptions, evaluate
+from jdm.analysis.evaluators import EvaluationOptions, Value, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty, ood_options
 from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
@@ -118,9 +119,19 @@ def _train(
     else:
         say_learning_rate(config, workdir, last)
         state = resume(run, workdir, last, batches, root, other_data)
+    start, rows = last or 0, config.data.batch_size
+
+    def evaluation(state: Any, done: int) -> Iterator[tuple[str, Value]]:
+        joint = Joint(config, run.model, run.diffusion, state.ema, dataset, done)
+        return evaluate(joint, config.eval.metrics, evaluated, options)
+
+    try:  # what cannot be evaluated is refused before the first step; nothing is computed yet
+        evaluation(state, start)
+    except InvalidValue as error:
+        known = error.parameter in config.eval
+        raise (error.about(f"config.eval.{error.parameter}") if known else error) from None
     step = compile_step(config, run, mesh, root)
 
-    start, rows = last or 0, config.data.batch_size
     pending: list[dict] = []  # metrics of the steps since the last row, still on the device
     with (
         MetricLog(workdir, start, started) as log,
@@ -142,8 +153,7 @@ def _train(
             row["train/images_per_second"] = len(pending) * rows / (time.monotonic() - since)
             pending = []
             if evaluates:
-                joint = Joint(config, run.model, run.diffusion, state.ema, dataset, done)
-                values = evaluate(joint, config.eval.metrics, evaluated, options)
+                values = evaluation(state, done)
                 found = {name: v for name, v in values if isinstance(v, float)}
                 row |= {f"eval/{name}": value for name, value in found.items()}
                 best = best and best.updated(done, found)

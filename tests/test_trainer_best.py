@@ -148,6 +148,12 @@ def test_a_run_without_a_metric_has_no_best(tmp_path):
         jdm.load(tmp_path, step="best")
 
 
+def test_what_cannot_be_evaluated_is_known_before_the_first_step(tmp_path):
+    with pytest.raises(InvalidValue, match=r"^config\.eval\.samples=5 are too few: 20 or more"):
+        trainer.train(config_of("eval.metrics=generation", "eval.samples=5"), tmp_path)
+    assert not checkpoint.steps(tmp_path) and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_evaluators_get_the_options_of_the_config(tmp_path, monkeypatch):
     given = []
 

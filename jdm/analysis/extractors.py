@@ -54,20 +54,26 @@ class Extractor(NamedTuple):
         return {"name": self.name, "digest": self.digest, "dimension": self.dimension}
 
 
-def _reference(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Extractor:
-    found = reference()
-    return Extractor("reference", found.digest, found.dimension, found.features)
+Make = Callable[[], Extractor]
 
 
-def _joint(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Extractor:
+def _reference(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
+    def make() -> Extractor:
+        found = reference()
+        return Extractor("reference", found.digest, found.dimension, found.features)
+
+    return make
+
+
+def _joint(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
     def extract(images: Pixels) -> Float[np.ndarray, "n d"]:
         return features(joint, images, JOINT_T, JOINT_BLOCKS, batch_size=batch_size).values
 
     dimension = sum(widths(joint.model)[block] for block in JOINT_BLOCKS)
-    return Extractor("joint", joint.digest, dimension, extract, kept=False)
+    return lambda: Extractor("joint", joint.digest, dimension, extract, kept=False)
 
 
-def _inception(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Extractor:
+def _inception(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
     network = _inception_network()
     import torch
 
@@ -81,7 +87,7 @@ def _inception(joint: Joint, reference: Callable[[], Reference], batch_size: int
         return in_batches(of_batch, images, min(batch_size, INCEPTION_BATCH))
 
     arrays = [x.numpy() for _, x in sorted(network.state_dict().items())]
-    return Extractor("inception", digest(arrays), 2048, extract)
+    return lambda: Extractor("inception", digest(arrays), 2048, extract)
 
 
 def _inception_network() -> Any:
@@ -118,8 +124,9 @@ def _inception_network() -> Any:
         )
 
 
-# (joint, a function that makes the reference classifiers, images at once) -> the features.
-EXTRACTORS: dict[str, Callable[[Joint, Callable[[], Reference], int], Extractor]] = (
+# (joint, a function that makes the reference classifiers, images at once) -> a function that makes
+# the features. What may be missing is looked for at once; a reference classifier is trained later.
+EXTRACTORS: dict[str, Callable[[Joint, Callable[[], Reference], int], Make]] = (
     names.EXTRACTORS.records(reference=_reference, joint=_joint, inception=_inception)
 )
 

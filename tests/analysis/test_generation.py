@@ -168,7 +168,7 @@ def test_features_of_real_images_are_kept_by_identity_and_contents(splits, tmp_p
 
 def test_features_of_the_model_are_its_own(joint, splits):
     images = splits["test"].images[:6]
-    found = extractors.EXTRACTORS["joint"](joint, no_reference, 4)
+    found = extractors.EXTRACTORS["joint"](joint, no_reference, 4)()
     values = jdm.features(joint, images, t=0, blocks="mid", batch_size=4).values
     np.testing.assert_array_equal(found.extract(images), values)
     assert found.identity == {"name": "joint", "digest": joint.digest, "dimension": 16}

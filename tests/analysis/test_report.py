@@ -230,6 +230,7 @@ def evaluators(monkeypatch):
 
     def second(joint, split, options):
         raise InvalidValue("split", split.name, "is not what this evaluator needs")
+        yield
 
     option = dataclasses.replace(OPTIONS["eval.metrics"], names=Names(["classification", "second"]))
     monkeypatch.setitem(OPTIONS, "eval.metrics", option)

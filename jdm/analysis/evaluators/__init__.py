@@ -1,6 +1,7 @@
 """Evaluators: measures of a trained model on a split, one file for each name.
 
-Each file defines EVALUATOR, a function (joint, split, options) -> iterator of (name, value).
+Each file defines EVALUATOR, a function (joint, split, options) -> iterator of (name, value). The
+call checks what the evaluator needs, and the values are computed as the iterator is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,8 @@ def evaluate(
 ) -> Iterator[tuple[str, Value]]:
     """(name, value) pairs of the evaluators of these names, one after the other.
 
-    Raises InvalidValue for an unknown name, before anything is computed, and for a split that an
-    evaluator cannot use.
+    Raises InvalidValue for an unknown name and for what an evaluator cannot use, before anything is
+    computed.
     """
     each = evaluate_each(joint, metrics, split, options)
     return (pair for _, found in each for pair in found.items())
@@ -34,8 +35,10 @@ def evaluate_each(
     for name in metrics:
         names.check_name("metrics", name, EVALUATORS)
 
+    found = {name: EVALUATORS[name](joint, split, options) for name in metrics}
+
     def values(name: str) -> dict[str, Value]:
         with fixed_flags():
-            return dict(EVALUATORS[name](joint, split, options))
+            return dict(found[name])
 
     return ((name, values(name)) for name in metrics)

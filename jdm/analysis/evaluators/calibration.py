@@ -27,9 +27,9 @@ def calibration(
 
     Yields "calibration_error", the expected calibration error in [0, 1]; "temperature";
     "calibration_error/scaled", with the temperature. The curves "reliability" and
-    "reliability/scaled" give the accuracy in each bin of confidence, and the share of predictions
-    in the bin; empty bins are left out. The table "temperature_scaling" has the errors before and
-    after. See jdm.analysis.calibration.
+    "reliability/scaled" give the accuracy in each bin of confidence, beside what it is if
+    calibrated, and the share of predictions in the bin; empty bins are left out. The table
+    "temperature_scaling" has the errors before and after. See jdm.analysis.calibration.
 
     Raises InvalidValue for a split without labels, and where options.load has no labelled split
     "validation".
@@ -37,16 +37,23 @@ def calibration(
     check_labelled(split)
     fitted_on = _validation(options)
     check_labelled(fitted_on)
-    temperature = fit_temperature(*labelled_logits(joint, fitted_on, options.batch_size))
-    logits, labels = labelled_logits(joint, split, options.batch_size)
+    return _values(joint, split, fitted_on, options.batch_size)
+
+
+def _values(
+    joint: Joint, split: Split, fitted_on: Split, batch_size: int
+) -> Iterator[tuple[str, Value]]:
+    temperature = fit_temperature(*labelled_logits(joint, fitted_on, batch_size))
+    logits, labels = labelled_logits(joint, split, batch_size)
     rows = []
     for suffix, scaled in (("", logits), ("/scaled", logits / temperature)):
         bins = reliability(scaled, labels)
         error = bins.expected_calibration_error
         rows.append([error, cross_entropy(scaled, labels), brier_score(scaled, labels)])
         yield f"calibration_error{suffix}", error
-        lines = {"accuracy": bins.accuracy.tolist(), "share": bins.share.tolist()}
-        yield f"reliability{suffix}", Curve("confidence", "", bins.confidence.tolist(), lines)
+        confidence, measured = bins.confidence.tolist(), bins.accuracy.tolist()
+        lines = {"accuracy": measured, "if calibrated": confidence, "share": bins.share.tolist()}
+        yield f"reliability{suffix}", Curve("confidence", "", confidence, lines)
     yield "temperature", temperature
     columns = ("expected calibration error", "cross-entropy", "Brier score")
     yield "temperature_scaling", Table(("before", "after"), columns, rows)

@@ -29,6 +29,10 @@ def classification(
     Raises InvalidValue for a split without labels.
     """
     check_labelled(split)
+    return _values(joint, split, options)
+
+
+def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Value]]:
     logits = image_logits(joint, split.images, options.batch_size)
     rows = labelled_rows(logits, split.labels)
     yield "accuracy", accuracy(*rows)

@@ -7,7 +7,7 @@ both are parts of its name: "frechet_1000/reference". From 10,000 images up the 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from jdm.analysis import metrics
 from jdm.analysis.evaluators.base import EvaluationOptions, Record, Table, Value
-from jdm.analysis.extractors import EXTRACTORS, real_features
+from jdm.analysis.extractors import EXTRACTORS, Make, real_features
 from jdm.analysis.reference import Reference, make_reference
 from jdm.data.splits import ReadOptions, Split, cache_root
 from jdm.diffusion.guidance import GUIDANCE, chosen
@@ -55,13 +55,28 @@ def generation(
     labelled = _is_guided(joint, options) and all((x.labels >= 0).any() for x in (train, held_out))
     _check_counts(joint, split, train, options.samples, labelled)
     cache = options.cache or cache_root(ReadOptions.of(joint.config.data, joint.config.model))
-    make = functools.partial(make_reference, joint, train, Path(cache), options.batch_size)
-    reference = functools.cache(make)  # fitted where it is needed
-    extractor = make_extractor(joint, reference, options.batch_size)
+    fit = functools.partial(make_reference, joint, train, Path(cache), options.batch_size)
+    reference = functools.cache(fit)  # fitted where it is needed
+    make = make_extractor(joint, reference, options.batch_size)
+    return _values(joint, split, options, train, held_out, labelled, reference, make, cache)
 
+
+def _values(
+    joint: Joint,
+    split: Split,
+    options: EvaluationOptions,
+    train: Split,
+    held_out: Split,
+    labelled: bool,
+    reference: Callable[[], Reference],
+    make_extractor: Make,
+    cache: str | Path,
+) -> Iterator[tuple[str, Value]]:
     samples = _sample(joint, options)
     if labelled:
         yield from _agreement(joint, reference(), samples, held_out)
+
+    extractor = make_extractor()
 
     def of_real(images: np.ndarray) -> Float[np.ndarray, "n d"]:
         return real_features(extractor, images, Path(cache))

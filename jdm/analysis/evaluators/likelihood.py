@@ -27,6 +27,7 @@ from jdm.errors import InvalidValue
 from jdm.joint import Joint, check_trained, make_network
 from jdm.numerics import fixed_flags
 from jdm.options import POSITIVE, WHOLE, Option
+from jdm.tracking import Progress
 
 STEPS = Option(None, "noise levels at which each image's bound is computed", POSITIVE, kind=WHOLE)
 
@@ -104,11 +105,13 @@ def image_bounds(
     edges = strata(joint.diffusion.steps, steps)
     priors = [np.zeros(0, np.float32)]
     terms = [np.zeros((0, len(edges) - 1), np.float32)]
-    for batch, index, count in batches(images, batch_size):
-        model, diffusion, weights = joint.model, joint.diffusion, joint.weights
-        found = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
-        priors.append(np.asarray(found[0])[:count])
-        terms.append(np.asarray(found[1]).T[:count])
+    model, diffusion, weights = joint.model, joint.diffusion, joint.weights
+    with Progress(len(images), "computing the bound", "images") as progress:
+        for batch, index, count in batches(images, batch_size):
+            found = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
+            priors.append(np.asarray(found[0])[:count])
+            terms.append(np.asarray(found[1]).T[:count])
+            progress.advance(count)
     # In float64, since hundreds of terms are added.
     prior, of_images = (np.concatenate(rows).astype(np.float64) for rows in (priors, terms))
     return Bound(prior, of_images, edges)
@@ -129,6 +132,12 @@ def likelihood(
     """
     if not len(split.images):
         raise InvalidValue("split", split.name, "has no image")
+    check_trained(joint, "diffusion")
+    STEPS.check("bound_steps", options.bound_steps)
+    return _values(joint, split, options)
+
+
+def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Value]]:
     settings = dict(seed=options.seed, batch_size=options.batch_size)
     found = image_bounds(joint, split.images, options.bound_steps, **settings)
     bits, edges = found.per_image, found.edges

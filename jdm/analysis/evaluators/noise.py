@@ -6,7 +6,7 @@ import numpy as np
 
 from jdm.analysis.calibration import accuracy
 from jdm.analysis.evaluators.base import Curve, EvaluationOptions
-from jdm.analysis.logits import labelled_logits
+from jdm.analysis.logits import check_labelled, labelled_logits
 from jdm.data.splits import Split
 from jdm.joint import Joint
 
@@ -21,6 +21,11 @@ def noise(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tu
 
     Raises InvalidValue for a split without labels.
     """
+    check_labelled(split)
+    return _values(joint, split, options)
+
+
+def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Curve]]:
     levels = np.unique(np.linspace(0, joint.diffusion.steps - 1, LEVELS).round().astype(int))
     found = [
         accuracy(*labelled_logits(joint, split, options.batch_size, int(t), options.seed))

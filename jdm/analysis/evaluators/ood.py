@@ -57,6 +57,12 @@ def ood(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tupl
         raise InvalidValue("metrics", "ood", "needs the split 'train', to compare images with")
     if not len(split.images):
         raise InvalidValue("split", split.name, "has no image")
+    return _values(joint, split, other, options.load("train"), options)
+
+
+def _values(
+    joint: Joint, split: Split, other: Split, train: Split, options: EvaluationOptions
+) -> Iterator[tuple[str, float]]:
     settings = dict(seed=options.seed, batch_size=options.batch_size)
 
     def auroc(score_of: Callable[[np.ndarray], Scores]) -> float:
@@ -75,7 +81,7 @@ def ood(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tupl
             "auroc/bound",
             auroc(lambda x: image_bounds(joint, x, options.bound_steps, **settings).per_image),
         )
-    novelty = Novelty.fit(joint, options.load("train").images, **settings)
+    novelty = Novelty.fit(joint, train.images, **settings)
     yield "auroc/features", auroc(novelty.distances)
 
 
