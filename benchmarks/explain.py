@@ -6,8 +6,8 @@
 
 Protocol: images of the split (test), drawn by --seed among those that the model and, where it is a
 network, the reference classifier see rightly; a target that is another class, drawn too, or the
-pairs that are given, n of each. The reference classifier is the SVC of jdm.analysis.reference for
-images of 8×8, or the model at --reference. Printed are: agreed, the share of pairs with a
+pairs that are given, n of each. The reference classifier is that of jdm.analysis.reference, fitted
+on the training images, or the model at --reference. Printed are: agreed, the share of pairs with a
 counterfactual in which the reference classifier sees the target; valid and again, the shares in
 which the model does, and does after noising and denoising again with noise that the search has not
 seen; control, the share of the counterfactuals whose image shows the target to the reference
@@ -22,10 +22,13 @@ from collections.abc import Callable
 import numpy as np
 
 import jdm
-from jdm.analysis.explain_options import OPTIONS
+from jdm.analysis.explain_options import FITTED, OPTIONS
 from jdm.analysis.metrics import nearest_distances
-from jdm.data.splits import ReadOptions, load_split
+from jdm.analysis.reference import make_reference
+from jdm.data.splits import ReadOptions, cache_root, load_split
 from jdm.diffusion.method import OPTIONS as METHOD
+
+BATCH = 64  # images in one forward pass of a classifier
 
 
 def drawn(joint, test, right, pairs: str, n: int, seed: int):
@@ -44,16 +47,13 @@ def drawn(joint, test, right, pairs: str, n: int, seed: int):
     return np.array(rows), np.array(targets)
 
 
-def reference_of(joint, path: str, train) -> Callable:
+def reference_of(joint, path: str, train, read: ReadOptions) -> Callable:
     """uint8 images -> classes [N]."""
-    if path:
-        other = jdm.load(path)
-        return lambda images: jdm.classify(other, images).argmax(axis=1)
-    from sklearn.svm import SVC
-
-    flat = lambda images: images.reshape(len(images), -1) / 255.0  # noqa: E731
-    svc = SVC(C=10).fit(flat(train.images), train.labels)
-    return lambda images: svc.predict(flat(images))
+    if path == FITTED:
+        fitted = make_reference(joint, train, cache_root(read), BATCH)
+        return next(iter(fitted.predictors.values()))
+    other = jdm.load(path)
+    return lambda images: jdm.classify(other, images, batch_size=BATCH).argmax(axis=1)
 
 
 def measure(joint, train, test, rows, targets, reference, options) -> tuple[dict, object]:
@@ -84,7 +84,7 @@ def measure(joint, train, test, rows, targets, reference, options) -> tuple[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--reference", default="", help="a model that classifies (an SVC)")
+    parser.add_argument("--reference", default=FITTED, help="a model that classifies")
     parser.add_argument("--pairs", default="", help="source:target,… by name (drawn)")
     parser.add_argument("--n", type=int, default=200, help="pairs, or images of each of --pairs")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of pairs")
@@ -96,7 +96,7 @@ def main() -> None:
     joint = jdm.load(flags.checkpoint)
     read = ReadOptions.of(joint.config.data, joint.config.model)
     train, test = (load_split(joint.config.data.name, s, read) for s in ("train", flags.split))
-    reference = reference_of(joint, flags.reference, train)
+    reference = reference_of(joint, flags.reference, train, read)
     right = jdm.classify(joint, test.images).argmax(axis=1) == test.labels
     agrees = reference(test.images) == test.labels
     print(f"right on {flags.split}: model {right.mean():.3f}, reference {agrees.mean():.3f}")

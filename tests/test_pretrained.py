@@ -151,7 +151,7 @@ def test_export_replaces_a_folder_by_the_ema_weights_in_half_precision(script, t
 def test_its_counterfactuals_move_toward_the_target_and_the_control_does_not(joint):
     images = load_split("digits", "test").images[:4]
     targets = (jdm.classify(joint, images).argmax(axis=1) + 3) % 10
-    given = dict(strengths=(0.6,), steps=10, again=0.0, confidence=0.5, batch_size=4)
+    given = dict(strengths=(0.6,), draws=1, steps=10, again=0.0, confidence=0.5, batch_size=4)
     found = jdm.explain(joint, images, targets.tolist(), **given)
     assert found.valid.sum() >= 3
     assert found.of_target(found.probabilities_control)[found.valid].mean() < 0.3

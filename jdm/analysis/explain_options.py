@@ -9,8 +9,9 @@ import dataclasses
 import typing
 
 from jdm import names
-from jdm.options import NUMBER, SHARE, UNIT, Rule, check_fields, declared, options_of
+from jdm.options import NUMBER, POSITIVE, SHARE, UNIT, Rule, check_fields, declared, options_of
 
+FITTED = "fitted"  # the reference classifier of `jdm eval`, as a value of `reference`
 AGAIN = 0.25  # of T: enough noise to remove what only the classifier sees, and to keep the class
 
 RISING = Rule(
@@ -44,11 +45,22 @@ class ExplainOptions:
         "that flips is taken",
         RISING,
     )
-    confidence: float = declared(0.99, "the probability that the target must reach", UNIT)
+    draws: int = declared(
+        8,
+        "noises that are tried at each strength; of the results that flip, the one nearest to the "
+        "image is taken",
+        POSITIVE,
+    )
+    confidence: float = declared(
+        0.95,
+        "the probability that the target must reach, in the result and, on average, in noised "
+        "copies of it",
+        UNIT,
+    )
     again: float = declared(
         AGAIN,
-        "noise level, as a share of T, after which the image, denoised again without guidance, "
-        "must still show the target; 0: not required",
+        "noise level of these copies, as a share of T, and the one after which the result, "
+        "denoised again without guidance, must still show the target; 0: neither is required",
         UNIT,
     )
 

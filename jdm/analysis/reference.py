@@ -8,6 +8,7 @@ They are fitted on real training images alone. Which ones depends on the data:
   alone. It is trained once for each data set, and kept as a work folder that `jdm.load` reads.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
@@ -55,19 +56,33 @@ BATCH, MOST_STEPS, LEAST_STEPS, EPOCHS = 64, 3000, 500, 20
 LARGEST_LAST = 8  # the side length of the last level is at most this, where the size allows it
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The reference classifiers of a data set, and features of images.
+class Reference(abc.ABC):
+    """The reference classifiers of a data set, and features of images."""
 
-    predictors: {name: a function from uint8 images [N, H, W, C] to classes int [N]}; {} where
-    images have several attributes. features: a function from images to float32 [N, D]. dimension:
-    D. digest: of the weights that the features depend on.
-    """
+    @property
+    @abc.abstractmethod
+    def predictors(self) -> Mapping[str, Callable[[Pixels], Labels]]:
+        """{name: a function from uint8 images [N, H, W, C] to classes int [N]}; {} where images
+        have several attributes."""
 
-    predictors: Mapping[str, Callable[[Pixels], Labels]]
-    features: Callable[[Pixels], Float[np.ndarray, "n d"]]
-    dimension: int
-    digest: str
+    @abc.abstractmethod
+    def classify(self, images: Pixels) -> np.ndarray:
+        """Class probabilities float [N, K], those of attributes too; or classes int [N] where the
+        classifier has no probabilities."""
+
+    @abc.abstractmethod
+    def features(self, images: Pixels) -> Float[np.ndarray, "n d"]:
+        """float32 [N, D]."""
+
+    @property
+    @abc.abstractmethod
+    def dimension(self) -> int:
+        """D of the features."""
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the weights that the features depend on."""
 
 
 def make_reference(joint: Joint, train: Split, cache: Path, batch_size: int) -> Reference:
@@ -85,12 +100,11 @@ def make_reference(joint: Joint, train: Split, cache: Path, batch_size: int) -> 
     if not labelled.all():
         train = Split(train.images[labelled], train.labels[labelled], train.name)
     if joint.model.image_size > SIDE or multi_label:
-        return _of_network(network(joint, train, cache), batch_size)
-    fitted = ReferenceClassifiers(*train)
-    return Reference(fitted.predictors, fitted.features, FEATURES, fitted.digest)
+        return ReferenceNetwork(network(joint, train, cache), batch_size)
+    return ReferenceClassifiers(train.images, train.labels)
 
 
-class ReferenceClassifiers:
+class ReferenceClassifiers(Reference):
     """Classifiers of small images by their pixels, fitted on real images.
 
     A support vector classifier (RBF kernel, C = 10) and a nearest-neighbour classifier predict
@@ -98,6 +112,8 @@ class ReferenceClassifiers:
 
     images: uint8 [N, H, W, C], N up to a few thousand (fits take O(N²) or more). labels: int [N].
     """
+
+    dimension = FEATURES
 
     def __init__(self, images: Pixels, labels: Labels):
         self._real = flat(images), labels
@@ -116,6 +132,10 @@ class ReferenceClassifiers:
             return lambda images: one.predict(flat(images))
 
         return {name: predictor(one) for name, one in self._classifiers.items()}
+
+    def classify(self, images: Pixels) -> Labels:
+        """The classes that the support vector classifier sees, int [N]."""
+        return self.predictors["svc"](images)
 
     def agreement(self, images: Pixels, labels: Labels) -> dict[str, float]:
         """The accuracy of "svc" and of "1-nn" on these images, in [0, 1]."""
@@ -208,18 +228,33 @@ def _trained(config: ConfigDict, train: Split, folder: Path) -> Any:
     return jax.device_get(state.ema)
 
 
-def _of_network(joint: Joint, batch_size: int) -> Reference:
+@dataclasses.dataclass(frozen=True)
+class ReferenceNetwork(Reference):
     """A network as a Reference; its features are the hidden units of its head."""
 
-    def predict(images: Pixels) -> Int[np.ndarray, " n"]:
-        return np.asarray(classify(joint, images, batch_size=batch_size)).argmax(axis=1)
+    joint: Joint
+    batch_size: int
 
-    def features(images: Pixels) -> Float[np.ndarray, "n d"]:
-        hidden = functools.partial(_hidden, joint.model, joint.weights)
-        return in_batches(lambda x: hidden(to_floats(x)), images, batch_size)
+    @property
+    def dimension(self) -> int:
+        return self.joint.model.head_width
 
-    predictors = {} if joint.model.multi_label else {"network": predict}
-    return Reference(predictors, features, joint.model.head_width, joint.digest)
+    @property
+    def digest(self) -> str:
+        return self.joint.digest
+
+    @property
+    def predictors(self) -> dict[str, Callable[[Pixels], Labels]]:
+        if self.joint.model.multi_label:
+            return {}
+        return {"network": lambda images: self.classify(images).argmax(axis=1)}
+
+    def classify(self, images: Pixels) -> Float[np.ndarray, "n k"]:
+        return np.asarray(classify(self.joint, images, batch_size=self.batch_size))
+
+    def features(self, images: Pixels) -> Float[np.ndarray, "n d"]:
+        hidden = functools.partial(_hidden, self.joint.model, self.joint.weights)
+        return in_batches(lambda x: hidden(to_floats(x)), images, self.batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdm import startup
-from jdm.analysis.explain_options import OPTIONS, ExplainOptions
+from jdm.analysis.explain_options import FITTED, OPTIONS, ExplainOptions
 from jdm.cli.shared import CHECKPOINT, load_joint
 from jdm.diffusion.method import OPTIONS as METHOD
 from jdm.diffusion.method import method_of
@@ -32,7 +32,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--target", required=True, help=text)
     add("--seeds", default="0", help="one for each counterfactual of an image: 0-3, or 1,5 (0)")
     add("--region", help="an image of the model's size: pixels above mid-grey may change (all)")
-    add("--reference", help=f"an independent classifier, which is asked too: {CHECKPOINT}")
+    text = f"an independent classifier, which is asked too: {FITTED}, that of jdm eval, or a model"
+    add("--reference", help=f"{text}: {CHECKPOINT}")
     for name, option in {**OPTIONS, **METHOD}.items():
         add(f"--{name}", help=option.flag_help)
     add("--batch_size", type=int, help="the most images per device and call")
@@ -61,7 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     out = check_out(arguments.out)
     joint = load_joint("checkpoint", arguments.checkpoint)
-    reference = arguments.reference and load_joint("reference", arguments.reference)
+    reference = arguments.reference
+    if reference and reference != FITTED:
+        reference = load_joint("reference", reference)
     images = _decoded(joint, files) if files else _of_split(joint, arguments)
     try:
         found = explain(

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,14 +12,24 @@ from PIL import Image
 import jdm
 from jdm.analysis.explain import figure
 from jdm.analysis.explain.explanations import ALREADY, KEPT, UNLIKE, shown_in
-from jdm.analysis.explain.program import Denoiser, largest
+from jdm.analysis.explain.program import (
+    COPIES,
+    STRIDE,
+    Denoiser,
+    largest,
+    noised_probabilities,
+)
 from jdm.analysis.explain.search import search
 from jdm.analysis.explain_options import ExplainOptions
+from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import load_split
 from jdm.diffusion.method import Method
+from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
+from jdm.joint import to_floats
+from jdm.numerics import key_of
 
-QUICK = dict(steps=2, strengths=(0.5, 1.0), again=0.0, confidence=0.0, scale=1.0)
+QUICK = dict(steps=2, draws=2, strengths=(0.5, 1.0), again=0.0, confidence=0.0, scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +95,23 @@ class Painter:
         return np.full_like(images, round(100 * strength) if scale else 1)
 
 
+def searched(images, options, todo, shows, convinces, painter=None):
+    """search() with a Painter, of images with the seeds 0, 1, …"""
+    painter = painter or Painter()
+    whole = images, np.arange(len(images)), np.eye(len(images)), np.array(todo)
+    return search(painter, Painter(), options, 1.0, *whole, shows, convinces)
+
+
 def test_the_search_takes_the_first_strength_that_flips():
-    images, seeds = np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)
+    images = np.zeros((4, 2, 2, 1), np.uint8)
     needed = np.array([20, 30, 99, 20])  # the least strength at which the target is seen
     options = ExplainOptions(strengths=(0.2, 0.3, 0.4), again=0.1)
 
-    def shows(changed, rows, confidence):
-        again = changed[:, 0, 0, 0] == 1  # denoised again, where it always lasts
-        return (changed[:, 0, 0, 0] >= needed[rows]) | again
+    def convinces(changed, rows, seeds):
+        return changed[:, 0, 0, 0] >= needed[rows]
 
-    todo = np.array([True, True, True, False])
-    result = search(Painter(), Painter(), options, 1.0, images, seeds, np.eye(4), todo, shows)
+    todo = [True, True, True, False]
+    result = searched(images, options, todo, lambda x, rows: x[:, 0, 0, 0] == 1, convinces)
     np.testing.assert_array_equal(result.strength, [0.2, 0.3, np.nan, np.nan])
     assert result.after[:, 0, 0, 0].tolist() == [20, 30, 0, 0]
     assert result.film[:, 1, 0, 0, 0].tolist() == [0, 20, 30, 30]
@@ -104,20 +121,53 @@ def test_the_search_takes_the_first_strength_that_flips():
 
 
 def test_a_change_that_does_not_last_is_not_taken():
-    images = np.zeros((1, 2, 2, 1), np.uint8)
-    lasts = {20: False, 30: True}
     last = []
 
-    def shows(changed, rows, confidence):
-        value = int(changed[0, 0, 0, 0])
-        if value == 1:  # denoised again
-            return np.array([lasts[last[-1]]])
-        last.append(value)
-        return np.array([True])
+    def convinces(changed, rows, seeds):
+        last.append(changed[0, 0, 0, 0])
+        return np.ones(len(rows), bool)
+
+    def lasts(again, rows):
+        return np.full(len(rows), last[-1] == 30)
 
     options = ExplainOptions(strengths=(0.2, 0.3), again=0.1)
-    whole = (images, np.arange(1), np.eye(1), np.array([True]), shows)
-    assert search(Painter(), Painter(), options, 1.0, *whole).strength == [0.3]
+    images = np.zeros((1, 2, 2, 1), np.uint8)
+    assert searched(images, options, [True], lasts, convinces).strength == [0.3]
+
+
+def test_of_the_draws_that_flip_the_nearest_is_taken():
+    class Draws(Painter):
+        """Paints the three draws of a seed with 30, 10 and 20."""
+
+        def __call__(self, images, seeds, targets, strength, scale=0.0, shares=None):
+            draws = [(seeds - k * STRIDE) % 2**32 < 10 for k in range(3)]
+            painted = np.select(draws, [30, 10, 20]).astype(np.uint8)
+            return np.ones_like(images) * painted[:, None, None, None]
+
+    def convinces(changed, rows, seeds):  # the nearest draw of the second image does not flip
+        return (rows == 0) | (changed[:, 0, 0, 0] > 10)
+
+    options = ExplainOptions(strengths=(0.2, 0.3), draws=3, again=0.0)
+    images = np.zeros((2, 2, 2, 1), np.uint8)
+    always = lambda x, rows: np.ones(len(rows), bool)  # noqa: E731
+    result = searched(images, options, [True, True], always, convinces, Draws())
+    assert result.draw.tolist() == [1, 2] and result.strength.tolist() == [0.2, 0.2]
+    assert result.after[:, 0, 0, 0].tolist() == [10, 20]
+    assert result.film[:, 1, 0, 0, 0].tolist() == [0, 20, 20]
+
+
+def test_the_noised_probabilities_are_means_over_noises_of_the_images_own(joint, images):
+    seeds, t = np.array([3, 4, 5]), 20
+    found = noised_probabilities(joint, images, seeds, t, 4)
+    alone = noised_probabilities(joint, images[1:2], seeds[1:2], t, 4)
+    np.testing.assert_allclose(alone, found[1:2], rtol=1e-5)
+    x0, level, rows = to_floats(images), jnp.full(3, t), []
+    for copy in range(COPIES):
+        keys = key_of((seeds + copy * STRIDE) % 2**32)
+        noise = image_noise(keys, joint.diffusion.steps, joint.image_shape)
+        logits = joint.logits(joint.diffusion.q_sample(x0, level, noise), level)
+        rows.append(jax.nn.softmax(logits))
+    np.testing.assert_allclose(found, np.mean(rows, axis=0), rtol=1e-4)
 
 
 def test_targets_of_attributes_are_seen_one_by_one():
@@ -139,6 +189,16 @@ def test_rows_are_images_by_seeds_and_figures_are_those_of_the_arrays(joint, fou
         assert reason in ("", KEPT)
         assert reason == "" or (found.after[row] == found.before[row]).all()
     assert found.summary()["valid"] == found.valid.mean()
+
+
+def test_the_fitted_reference_classifier_is_that_of_the_evaluation(joint, found, images, train):
+    split = load_split("digits", "train")
+    svc = ReferenceClassifiers(split.images, split.labels).predictors["svc"]
+    target = found.targets[::2].tolist()
+    again = jdm.explain(joint, images, target, reference="fitted", training_images=train, **QUICK)
+    np.testing.assert_array_equal(again.reference_before.argmax(axis=1), svc(again.before))
+    np.testing.assert_array_equal(again.reference_after.argmax(axis=1), svc(again.found.after))
+    assert again.settings["reference"] == "fitted"
 
 
 def test_an_image_unlike_the_training_images_is_left_as_it_is(joint, train):
@@ -194,7 +254,8 @@ def test_a_folder_holds_figures_films_and_numbers(found, tmp_path):
         (dict(start="image"), "^start='image' is unknown; known: noise, inversion"),
         (dict(region=np.ones((4, 4), bool)), r"^region is bool\(4, 4\); bool of the shape"),
         (dict(region=np.zeros((8, 8), bool)), "^region has no pixel that may change"),
-        (dict(steps=100), "^steps=100 must be at most"),
+        (dict(steps=9, strengths=(0.1,)), "^steps=9 must .* 5; 0.1 of T=50 are 5"),
+        (dict(steps="1,9"), "^steps='1,9' asks for 9 .*; 0.2 of T=50 are 10"),
         (
             dict(guidance="none"),
             "^guidance='none' leads to no target; a counterfactual needs pixel",

@@ -2,14 +2,13 @@
 
 Counterfactual images after Deja et al. 2023, section 4: an image is noised part of the way and
 denoised toward another class. The strengths, that is the parts of the way, are tried in rising
-order, until the model sees the target with the required confidence, and still sees it after the
-image was noised and denoised again without guidance. A change that only fools the classifier is
-lost then.
+order, each with several noises, until the model sees the target with the required confidence, in
+the result and in noised copies of it, and still sees it after the result was noised and denoised
+again without guidance. A change that only fools the classifier is lost then.
 """
 
 import dataclasses
 import functools
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -18,25 +17,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from scipy.special import expit, softmax
 
 from jdm.analysis.explain.explanations import ALREADY, KEPT, UNLIKE, Explanations, shown_in
-from jdm.analysis.explain.program import Denoiser
+from jdm.analysis.explain.program import Denoiser, noised_probabilities, times_from
 from jdm.analysis.explain.search import search
-from jdm.analysis.explain_options import OPTIONS, ExplainOptions
+from jdm.analysis.explain_options import AGAIN, FITTED, OPTIONS, ExplainOptions
 from jdm.analysis.features import features
+from jdm.analysis.logits import image_logits
 from jdm.analysis.novelty import Novelty
-from jdm.data.identity import check_same, identity
-from jdm.data.splits import ReadOptions, load_split
+from jdm.analysis.reference import make_reference
+from jdm.data.identity import checked_contents
+from jdm.data.splits import ReadOptions, Split, cache_root, load_split
 from jdm.diffusion.guidance import GUIDANCE
 from jdm.diffusion.guidance import chosen as choose
 from jdm.diffusion.method import OPTIONS as METHOD
 from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.process import float_to_pixels
 from jdm.errors import NO_VALUE, Failure, InvalidValue
-from jdm.joint import Joint, as_joint, check_images, check_trained, classify, name_of
+from jdm.joint import Joint, as_joint, check_images, check_trained, name_of
 from jdm.names import did_you_mean
 from jdm.numerics import fixed_flags
-from jdm.options import described, plain_number
+from jdm.options import plain_number, takes
 from jdm.sampling.labels import Numbers, whole_numbers
 from jdm.sampling.request import check_request
 
@@ -49,24 +51,7 @@ NOVEL = 99.0  # percentile of the training images, above which an image is unlik
 Reference = Callable[[UInt8[np.ndarray, "n h w c"]], np.ndarray]
 
 
-def takes_options(function: Callable) -> Callable:
-    """Adds the options of ExplainOptions and of Method to a function's signature and, in place of
-    the word OPTIONS, the former to its docstring."""
-    signature = inspect.signature(function)
-    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(name, kind, default=DEFAULTS.get(name, option.default))
-        for name, option in {**OPTIONS, **METHOD}.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    if function.__doc__:
-        lines = described(OPTIONS).replace("\n", "\n    ")
-        function.__doc__ = function.__doc__.replace("OPTIONS", lines)
-    return function
-
-
-@takes_options
+@takes({**OPTIONS, **METHOD}, described_here=OPTIONS, defaults=DEFAULTS)
 @fixed_flags()
 def explain(
     joint: Joint | str | os.PathLike,
@@ -86,8 +71,9 @@ def explain(
     number or name, or a list of one for each image; for a multi-label model attributes [N, K] or
     [K]: 1 (on), 0 (off) or -1 (any). seeds: of the noise; each gives one counterfactual of every
     image. region: bool [H, W], the pixels that may change; None is all. reference: an independent
-    classifier, which is asked whether it agrees: a Joint, a path, or a function from uint8 images
-    [N, H, W, C] to probabilities [N, K] or classes [N]. training_images: uint8 [M, H, W, C]; an
+    classifier, which is asked whether it agrees: a Joint, a path, a function from uint8 images
+    [N, H, W, C] to probabilities [N, K] or classes [N], or "fitted", the reference classifier of
+    `jdm eval`, which is fitted on the training images once. training_images: uint8 [M, H, W, C]; an
     image that is farther from them, in the model's features, than 99 % of them are from each other
     is not changed, since what the model says of it has no ground. None reads those that the model
     was trained on, and warns where they are not prepared. batch_size: the most images per device
@@ -117,8 +103,8 @@ def explain(
     labels = check_target(joint, target, len(before))
     seeds = whole_numbers("seeds", seeds)
     mask = _check_region(joint, region)
-    reference_fn = None if reference is None else _probabilities_of(reference, joint)
-    _check_steps(joint, method, chosen)
+    again = chosen.again or AGAIN
+    times_from(joint.diffusion, method, min(again, chosen.strengths[0]))  # raises for few levels
 
     rows = np.repeat(np.arange(len(before)), len(seeds))
     request = check_request(
@@ -129,6 +115,7 @@ def explain(
         seeds=np.tile(seeds, len(before)),
         batch_size=batch_size,
     )
+    reference_fn = None if reference is None else _probabilities_of(reference, joint)
     model_fn = functools.partial(_classify, joint)
     seen = model_fn(before)
     already = shown_in(seen, labels)
@@ -141,17 +128,30 @@ def explain(
 
     method = request.recipe.method
     free = Method(sampler="ddim", steps=method.steps, guidance="none")
-    unguided = Denoiser(joint, choose(free, False), len(rows), batch_size=batch_size)
+    most = len(rows) * chosen.draws
+    unguided = Denoiser(joint, choose(free, False), most, batch_size=batch_size)
     masked = chosen.shares != (1.0,) or not mask.all()
     guided = dataclasses.replace(
         unguided, method=method, start=chosen.start, masked=masked, region=mask
     )
 
-    def shows(changed, of: np.ndarray, confidence: float):
-        return shown_in(model_fn(changed), labels[rows][of], confidence)
+    targets, level = labels[rows], times_from(joint.diffusion, free, again)[0]
+    # A classifier that was trained on clean images alone says nothing about noised ones.
+    of_noised = chosen.again > 0 and joint.config.loss.classify != "clean"
+
+    def shows(changed: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return shown_in(model_fn(changed), targets[of])
+
+    def convinces(changed: np.ndarray, of: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        found = shown_in(model_fn(changed), targets[of], chosen.confidence)
+        if of_noised:
+            left = changed[found], noise[found]
+            noised = noised_probabilities(joint, *left, level, BATCH)
+            found[found] = shown_in(noised, targets[of][found], chosen.confidence)
+        return found
 
     images, asked = before[rows], (reasons == "")[rows]
-    whole = images, request.seeds, request.targets, asked, shows
+    whole = images, request.seeds, request.targets, asked, shows, convinces
     found = search(guided, unguided, chosen, request.scale, *whole)
     reasons = reasons[rows]
     reasons[asked & np.isnan(found.strength)] = KEPT
@@ -168,7 +168,7 @@ def explain(
         seeds=request.seeds,
         before=images,
         found=found,
-        targets=labels[rows],
+        targets=targets,
         probabilities_before=seen[rows],
         probabilities_after=model_fn(found.after),
         probabilities_control=model_fn(found.control),
@@ -230,21 +230,14 @@ def _check_region(joint: Joint, region: Any) -> Bool[np.ndarray, "1 h w 1"]:
     return found[None, :, :, None]
 
 
-def _check_steps(joint: Joint, method: Method, chosen: ExplainOptions) -> None:
-    least = round(chosen.strengths[0] * joint.diffusion.steps)
-    if isinstance(method.steps, int) and method.steps > least:
-        allowed = f"must be at most {least}, the noise levels below the first of strengths"
-        raise InvalidValue("steps", method.steps, allowed)
-
-
 def _pixels(images: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
     return images if images.dtype == np.uint8 else np.asarray(float_to_pixels(jnp.asarray(images)))
 
 
 def _classify(joint: Joint, images: np.ndarray) -> Float[np.ndarray, "n k"]:
-    found = classify(joint, images, batch_size=BATCH)
-    assert isinstance(found, np.ndarray)
-    return found
+    """Probabilities, in batches of one shape for any number of images."""
+    logits = image_logits(joint, images, BATCH)
+    return expit(logits) if joint.model.multi_label else softmax(logits, axis=1)
 
 
 def _name(reference: Any) -> str:
@@ -253,6 +246,9 @@ def _name(reference: Any) -> str:
 
 def _probabilities_of(reference: Any, joint: Joint) -> Reference:
     """The reference classifier as a function from uint8 images to probabilities [N, K]."""
+    if reference == FITTED:
+        options = ReadOptions.of(joint.config.data, joint.config.model)
+        reference = make_reference(joint, _training(joint), cache_root(options), BATCH).classify
     if not callable(reference):
         other = as_joint(reference, "reference")
         check_reference(joint, other)
@@ -280,15 +276,18 @@ def check_reference(joint: Joint, other: Joint) -> None:
             raise InvalidValue("reference", NO_VALUE, f"has {what} {its}; this model has {mine}")
 
 
+def _training(joint: Joint) -> Split:
+    """The images that the model was trained on. Raises InvalidValue where they are others now."""
+    name, options = joint.config.data.name, ReadOptions.of(joint.config.data, joint.config.model)
+    checked_contents(joint.dataset, name, options, ["train"], "")
+    return load_split(name, "train", options)
+
+
 def _novelty(joint: Joint, images: np.ndarray, training: Any) -> Float[np.ndarray, " n"] | None:
     """The percentile of each image's distance to the training images, among their own."""
     if training is None:
-        config = joint.config
         try:
-            options = ReadOptions.of(config.data, config.model)
-            now = identity(config.data.name, options, ["train"])
-            check_same(joint.dataset, now, "config.data.name", "")
-            training = load_split(config.data.name, "train", options).images
+            training = _training(joint).images
         except (Failure, InvalidValue) as error:
             warnings.warn(
                 f"images are not compared with the training images: {error}", stacklevel=4

@@ -166,6 +166,7 @@ class Explanations:
                 "still": bool(self.found.still[i]),
                 "strength": self.found.strength[i],
                 "share": self.found.share[i],
+                "draw": int(self.found.draw[i]),
                 "l1": self.l1[i],
                 "l2": self.l2[i],
                 "changed": self.changed[i],

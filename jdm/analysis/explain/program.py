@@ -25,16 +25,29 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Num, UInt8
 
 from jdm import names
+from jdm.analysis.logits import batches
 from jdm.diffusion.guidance import gradients, guide
 from jdm.diffusion.method import Method
-from jdm.diffusion.process import Diffusion, float_to_pixels
+from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
 from jdm.diffusion.samplers import ddim_inverse, image_noise, reverse, timesteps
-from jdm.joint import Joint, abstract_weights, image_shape, make_network, to_floats
+from jdm.errors import InvalidValue
+from jdm.joint import (
+    Joint,
+    abstract_weights,
+    image_shape,
+    logits_of,
+    make_network,
+    to_floats,
+)
 from jdm.mesh import by_row, local_mesh, replicated
 from jdm.nn.model import JointModel
 from jdm.numerics import key_of
 from jdm.sampling.programs import fitting, on_devices
 
+COPIES = 4  # noises over which the probabilities of a noised image are averaged
+# Between the seeds of several noises of one image: the golden ratio of 2**32, which is odd, so that
+# neighbouring seeds have no noise in common.
+STRIDE = 0x9E3779B9
 INVERSE_ITERATIONS = 3  # of each step of the inversion, see samplers.ddim_inverse
 
 
@@ -115,6 +128,49 @@ def _compiled(
     return _denoised.lower(*static, abstract_weights(model, whole), inputs, scale, times).compile()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _noised_probabilities(model, diffusion, weights, images, seeds, t):
+    x0, t = pixels_to_float(images), jnp.full(len(images), t)
+
+    def of_copy(copy):
+        noise = image_noise(key_of(seeds + copy), diffusion.steps, x0.shape[1:])
+        return logits_of(model, weights, diffusion.q_sample(x0, t, noise), t)
+
+    logits = jax.lax.map(of_copy, jnp.arange(COPIES, dtype=jnp.uint32) * jnp.uint32(STRIDE))
+    activation = jax.nn.sigmoid if model.multi_label else jax.nn.softmax
+    return activation(logits).mean(axis=0)
+
+
+def noised_probabilities(
+    joint: Joint,
+    images: UInt8[np.ndarray, "n h w c"],
+    seeds: Num[np.ndarray, " n"],
+    t: int,
+    batch_size: int,
+) -> Float[np.ndarray, "n k"]:
+    """Class probabilities of images at noise level t, the means over 4 noises, float32 [N, K]."""
+    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
+    for batch, index, count in batches(images, batch_size):
+        of_rows = seeds[np.minimum(index, len(images) - 1)].astype(np.uint32)
+        static = joint.model, joint.diffusion
+        found = _noised_probabilities(*static, joint.weights, batch, of_rows, jnp.int32(t))
+        rows.append(np.asarray(found)[:count])
+    return np.concatenate(rows)
+
+
+def times_from(diffusion: Diffusion, method: Method, strength: float) -> np.ndarray:
+    """The timesteps of a method, int32, from a noise level down that is this share of T.
+
+    Raises InvalidValue where the method has more of them than there are noise levels.
+    """
+    total = max(1, round(strength * diffusion.steps))
+    try:
+        return timesteps(diffusion, method.steps, method.spacing, total)
+    except InvalidValue as error:
+        hint = f"{strength} of T={diffusion.steps} are {total} noise levels"
+        raise InvalidValue(error.parameter, error.value, error.allowed, hint) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """Images that are noised and denoised, in batches of one compiled shape.
@@ -143,9 +199,7 @@ class Denoiser:
         """strength: the noise level to start from, as a share of T. scale: of the guidance toward
         the targets; 0 is none. shares: of the pixels that the mask holds; None is 1."""
         joint, mesh, count = self.joint, local_mesh(), len(images)
-        steps = joint.diffusion.steps
-        total = max(1, round(strength * steps))
-        times = timesteps(joint.diffusion, self.method.steps, self.method.spacing, total)
+        times = times_from(joint.diffusion, self.method, strength)
         static = (joint.model, joint.diffusion, self.method, self.start, self.masked, len(times))
         compiled = functools.partial(_compiled, *static, mesh)
         rows, program = fitting(self.n, mesh, self.batch_size, compiled)
