@@ -13,6 +13,8 @@ from jdm.options import NUMBER, POSITIVE, SHARE, UNIT, Rule, check_fields, decla
 
 FITTED = "fitted"  # the reference classifier of `jdm eval`, as a value of `reference`
 AGAIN = 0.25  # of T: enough noise to remove what only the classifier sees, and to keep the class
+# A mask finds images that only the classifier of clean images takes for the target.
+NOISED = 0.95
 
 RISING = Rule(
     "one or more shares above 0 and at most 1, in rising order",
@@ -46,26 +48,34 @@ class ExplainOptions:
         RISING,
     )
     draws: int = declared(
-        8,
+        6,
         "noises that are tried at each strength; of the results that flip, the one nearest to the "
         "image is taken",
         POSITIVE,
     )
-    confidence: float = declared(
-        0.95,
-        "the probability that the target must reach, in the result and, on average, in noised "
-        "copies of it",
-        UNIT,
-    )
+    confidence: float = declared(0.99, "the probability that the target must reach", UNIT)
     again: float = declared(
         AGAIN,
-        "noise level of these copies, as a share of T, and the one after which the result, "
-        "denoised again without guidance, must still show the target; 0: neither is required",
+        "noise level, as a share of T, after which the image, denoised again without guidance, "
+        "must still show the target; 0: not required",
         UNIT,
+    )
+    noised: float | None = declared(
+        None,
+        "the probability that the target must reach, on average, in copies of the result that are "
+        "noised to this level",
+        UNIT,
+        kind=NUMBER,
+        unset=f"{NOISED} with shares below 1, or else 0",
     )
 
     def __post_init__(self):
         check_fields(self)
+
+    @property
+    def noised_confidence(self) -> float:
+        """`noised`, or what it is left open for."""
+        return NOISED * (self.shares != (1.0,)) if self.noised is None else self.noised
 
 
 OPTIONS = options_of(ExplainOptions)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import jdm
-from jdm.analysis.explain import figure
+from jdm.analysis.explain import counterfactuals, figure
 from jdm.analysis.explain.explanations import ALREADY, KEPT, UNLIKE, shown_in
 from jdm.analysis.explain.program import (
     COPIES,
@@ -168,6 +168,17 @@ def test_the_noised_probabilities_are_means_over_noises_of_the_images_own(joint,
         logits = joint.logits(joint.diffusion.q_sample(x0, level, noise), level)
         rows.append(jax.nn.softmax(logits))
     np.testing.assert_allclose(found, np.mean(rows, axis=0), rtol=1e-4)
+
+
+def test_noised_copies_are_asked_about_where_there_is_a_mask(joint, images, train, monkeypatch):
+    options = [{}, dict(shares=(0.5, 1.0)), dict(noised=0.5), dict(shares=(0.5,), noised=0.0)]
+    assert [ExplainOptions(**one).noised_confidence for one in options] == [0, 0.95, 0.5, 0]
+    target, never = others(joint, images), np.zeros((30, 10), np.float32)
+    name = "noised_probabilities"
+    monkeypatch.setattr(counterfactuals, name, lambda joint, x, *rest: never[: len(x)])
+    given = QUICK | dict(confidence=0.01, training_images=train)
+    assert jdm.explain(joint, images, target, **given).valid.any()
+    assert not jdm.explain(joint, images, target, noised=0.1, **given).valid.any()
 
 
 def test_targets_of_attributes_are_seen_one_by_one():

@@ -2,9 +2,9 @@
 
 Counterfactual images after Deja et al. 2023, section 4: an image is noised part of the way and
 denoised toward another class. The strengths, that is the parts of the way, are tried in rising
-order, each with several noises, until the model sees the target with the required confidence, in
-the result and in noised copies of it, and still sees it after the result was noised and denoised
-again without guidance. A change that only fools the classifier is lost then.
+order, each with several noises, until the model sees the target with the required confidence, and
+still sees it after the result was noised and denoised again without guidance. A change that only
+fools the classifier is lost then.
 """
 
 import dataclasses
@@ -137,17 +137,17 @@ def explain(
 
     targets, level = labels[rows], times_from(joint.diffusion, free, again)[0]
     # A classifier that was trained on clean images alone says nothing about noised ones.
-    of_noised = chosen.again > 0 and joint.config.loss.classify != "clean"
+    noised = chosen.noised_confidence if joint.config.loss.classify != "clean" else 0.0
 
     def shows(changed: np.ndarray, of: np.ndarray) -> np.ndarray:
         return shown_in(model_fn(changed), targets[of])
 
     def convinces(changed: np.ndarray, of: np.ndarray, noise: np.ndarray) -> np.ndarray:
         found = shown_in(model_fn(changed), targets[of], chosen.confidence)
-        if of_noised:
+        if noised > 0:
             left = changed[found], noise[found]
-            noised = noised_probabilities(joint, *left, level, BATCH)
-            found[found] = shown_in(noised, targets[of][found], chosen.confidence)
+            of_copies = noised_probabilities(joint, *left, level, BATCH)
+            found[found] = shown_in(of_copies, targets[of][found], noised)
         return found
 
     images, asked = before[rows], (reasons == "")[rows]
