@@ -74,7 +74,7 @@ def network(joint, splits, tmp_path_factory):
     """(a network of the digits, trained for a few steps; the folder that it is kept in)."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "MOST_STEPS", 60)
+        patch.setattr(reference, "MOST_STEPS", 120)
         return reference.network(joint, splits["train"], cache), cache
 
 
@@ -90,13 +90,13 @@ def test_the_network_learns_and_is_kept_as_a_model_that_load_reads(
     assert again.config.loss.terms == ("classifier",) and again.config.loss.augment == "digits"
 
     monkeypatch.setattr(reference, "_trained", lambda *_: pytest.fail("it was trained again"))
-    monkeypatch.setattr(reference, "MOST_STEPS", 60)
+    monkeypatch.setattr(reference, "MOST_STEPS", 120)
     assert reference.network(joint, splits["train"], cache).digest == found.digest
 
 
 def test_other_labels_need_another_network(joint, splits, network, monkeypatch):
     images, labels = splits["train"]
-    monkeypatch.setattr(reference, "MOST_STEPS", 60)
+    monkeypatch.setattr(reference, "MOST_STEPS", 120)
     monkeypatch.setattr(reference, "_trained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         reference.network(joint, Split(images, (labels + 1) % 10, "train"), network[1])
@@ -104,7 +104,7 @@ def test_other_labels_need_another_network(joint, splits, network, monkeypatch):
 
 def test_features_of_the_network_are_what_its_last_layer_reads(splits, network):
     found, images = network[0], splits["test"].images[:20]
-    made = reference._of_network(found, batch_size=8)
+    made = reference.ReferenceNetwork(found, batch_size=8)
     features = made.features(images)
     assert features.shape == (20, made.dimension) and made.digest == found.digest
     last = found.params["head"]["out"]
@@ -120,7 +120,8 @@ def test_the_config_of_the_network_suits_the_images(joint):
     assert config(image_size=28).model.multipliers == (1, 2, 4)  # 28, 14, 7
     assert config(image_size=64).model.multipliers == (1, 2, 4, 4)
     assert config(image_size=27).model.multipliers == (1,)
-    assert config(flips=True).loss.augment == "natural" and config().loss.augment == "digits"
+    assert config(flips=True).loss.augment == "natural" and config().loss.augment == "none"
+    assert config(count=4_000).loss.augment == "digits"  # each image is seen many times
     assert config(count=100).train.steps < config().train.steps
 
 
