@@ -2,7 +2,7 @@
 
     python benchmarks/explain.py --checkpoint=digits
     python benchmarks/explain.py --checkpoint=runs/cells --pairs=red:white,white:red --n=50 \\
-        --reference=runs/cells_reference --out=docs/pictures/explain-cells.png
+        --reference=runs/cells_reference --out=cells.png
 
 Protocol: images of the split (test), drawn by --seed among those that the model and, where it is a
 network, the reference classifier see rightly; a target that is another class, drawn too, or the
