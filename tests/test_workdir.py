@@ -11,6 +11,7 @@ import sys
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from jdm import checkpoint, trainer
@@ -38,8 +39,8 @@ def stop(prepared, monkeypatch):
         raise Compiled
 
     monkeypatch.setattr(trainer, "compile_step", compile_step)
-    split = mock.Mock(spec=Split)
-    # The same for every test, and read by none.
+    # The same for every test; only its labels are looked at.
+    split = Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32), "validation")
     monkeypatch.setattr(trainer, "prepare", lambda *args: prepared)
     monkeypatch.setattr(trainer, "read_data", lambda config: (mock.Mock(spec=TrainBatches), split))
 
