@@ -63,7 +63,7 @@ class ExplainOptions:
     noised: float | None = declared(
         None,
         "the probability that the target must reach, on average, in copies of the result that are "
-        "noised to this level",
+        f"noised to the level again (to {AGAIN}, where that is 0)",
         UNIT,
         kind=NUMBER,
         unset=f"{NOISED} with shares below 1, or else 0",

@@ -1,6 +1,7 @@
 """jdm.explain: the mask, the search, what is refused, and what is written."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -281,10 +282,38 @@ def test_wrong_values_are_one_sentence(joint, images, wrong, said):
         jdm.explain(joint, given.pop("images"), given.pop("target"), **given)
 
 
-def test_a_target_that_all_images_show_is_refused(joint, images, train):
-    seen = jdm.classify(joint, images).argmax(axis=1).tolist()
+def test_a_target_that_all_images_show_is_refused_before_long_work(
+    joint, images, train, monkeypatch
+):
+    monkeypatch.setattr(counterfactuals, "make_reference", lambda *_: pytest.fail("was fitted"))
+    seen, given = jdm.classify(joint, images).argmax(axis=1).tolist(), QUICK
     with pytest.raises(InvalidValue, match="^target=.* is what the model sees already"):
-        jdm.explain(joint, images, seen, training_images=train, **QUICK)
+        jdm.explain(joint, images, seen, reference="fitted", training_images=train, **given)
+
+
+def test_noised_copies_need_a_classifier_that_knows_them(joint, images):
+    config = joint.config.copy_and_resolve_references()
+    config.loss.classify = "clean"
+    clean = dataclasses.replace(joint, config=config)
+    with pytest.raises(InvalidValue, match="^noised=0.5 needs a classifier that was trained on n"):
+        jdm.explain(clean, images, 3, steps=2, noised=0.5)
+
+
+@pytest.mark.parametrize(
+    ("start", "sampler", "draws"),
+    [("noise", "ddim", 2), ("inversion", "ddim", 1), ("inversion", "ancestral", 2)],
+)
+def test_an_image_is_inverted_once(joint, images, train, monkeypatch, start, sampler, draws):
+    class Searched(Exception):
+        pass
+
+    def search(guided, unguided, options, *rest):
+        raise Searched(options.draws)
+
+    monkeypatch.setattr(counterfactuals, "search", search)
+    given = QUICK | dict(start=start, sampler=sampler, training_images=train)
+    with pytest.raises(Searched, match=f"^{draws}$"):
+        jdm.explain(joint, images, others(joint, images), **given)
 
 
 def test_the_command_reads_a_picture_and_writes_a_figure(tiny, images, joint, run, tmp_path):

@@ -34,6 +34,7 @@ from jdm.diffusion.guidance import chosen as choose
 from jdm.diffusion.method import OPTIONS as METHOD
 from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.process import float_to_pixels
+from jdm.diffusion.samplers import SAMPLERS
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.joint import Joint, as_joint, check_images, check_trained, name_of
 from jdm.names import did_you_mean
@@ -105,6 +106,7 @@ def explain(
     mask = _check_region(joint, region)
     again = chosen.again or AGAIN
     times_from(joint.diffusion, method, min(again, chosen.strengths[0]))  # raises for few levels
+    noised = _noised_confidence(joint, chosen)
 
     rows = np.repeat(np.arange(len(before)), len(seeds))
     request = check_request(
@@ -115,7 +117,6 @@ def explain(
         seeds=np.tile(seeds, len(before)),
         batch_size=batch_size,
     )
-    reference_fn = None if reference is None else _probabilities_of(reference, joint)
     model_fn = functools.partial(_classify, joint)
     seen = model_fn(before)
     already = shown_in(seen, labels)
@@ -125,8 +126,12 @@ def explain(
     reasons = np.where(already, ALREADY, "").astype(object)
     if novelty is not None:
         reasons[novelty > NOVEL] = UNLIKE
+    # After all checks, since a network may have to be trained first.
+    reference_fn = None if reference is None else _probabilities_of(reference, joint)
 
     method = request.recipe.method
+    if chosen.start == "inversion" and not SAMPLERS[method.sampler].draws_noise(method):
+        chosen = dataclasses.replace(chosen, draws=1)  # others would be the same image
     free = Method(sampler="ddim", steps=method.steps, guidance="none")
     most = len(rows) * chosen.draws
     unguided = Denoiser(joint, choose(free, False), most, batch_size=batch_size)
@@ -136,8 +141,6 @@ def explain(
     )
 
     targets, level = labels[rows], times_from(joint.diffusion, free, again)[0]
-    # A classifier that was trained on clean images alone says nothing about noised ones.
-    noised = chosen.noised_confidence if joint.config.loss.classify != "clean" else 0.0
 
     def shows(changed: np.ndarray, of: np.ndarray) -> np.ndarray:
         return shown_in(model_fn(changed), targets[of])
@@ -156,7 +159,7 @@ def explain(
     reasons = reasons[rows]
     reasons[asked & np.isnan(found.strength)] = KEPT
     settings = {
-        **dataclasses.asdict(chosen),
+        **dataclasses.asdict(chosen) | {"noised": noised},
         **method.settings(),
         "scale": request.scale,
         "model": path,
@@ -228,6 +231,17 @@ def _check_region(joint: Joint, region: Any) -> Bool[np.ndarray, "1 h w 1"]:
     if not found.any():
         raise InvalidValue("region", NO_VALUE, "has no pixel that may change")
     return found[None, :, :, None]
+
+
+def _noised_confidence(joint: Joint, chosen: ExplainOptions) -> float:
+    """The probability that noised copies must reach. A classifier that was trained on clean images
+    alone says nothing about them: it is not asked. Raises InvalidValue where it should be."""
+    if joint.config.loss.classify != "clean":
+        return chosen.noised_confidence
+    if chosen.noised:
+        allowed = "needs a classifier that was trained on noised images too"
+        raise InvalidValue("noised", chosen.noised, f"{allowed}, not with loss.classify='clean'")
+    return 0.0
 
 
 def _pixels(images: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
