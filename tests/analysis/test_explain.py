@@ -20,7 +20,7 @@ from jdm.analysis.explain.program import (
     largest,
     noised_probabilities,
 )
-from jdm.analysis.explain.search import search
+from jdm.analysis.explain.search import noise_seeds, search
 from jdm.analysis.explain_options import ExplainOptions
 from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import load_split
@@ -87,6 +87,14 @@ def test_a_counterfactual_depends_on_its_own_seed_alone(joint, images, start):
     whole = denoise(images, np.array([5, 6, 7]), targets, 0.5, 4.0)
     alone = denoise(images[1:2], np.array([6]), targets[1:2], 0.5, 4.0)
     assert np.abs(whole[1].astype(int) - alone[0]).max() <= 1
+
+
+def test_the_noise_is_that_of_the_image_and_the_seed(joint, found, images, train):
+    seeds = noise_seeds(images[[0, 0, 1, 0]], np.array([7, 8, 7, 7], np.uint32))
+    assert len(set(seeds.tolist())) == 3 and seeds[0] == seeds[3]
+    target = int(found.targets[2])
+    alone = jdm.explain(joint, images[1:2], target, seeds=[0, 1], training_images=train, **QUICK)
+    assert np.abs(alone.after.astype(int) - found.after[2:4]).max() <= 1
 
 
 class Painter:

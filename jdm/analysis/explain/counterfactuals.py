@@ -21,7 +21,7 @@ from scipy.special import expit, softmax
 
 from jdm.analysis.explain.explanations import ALREADY, KEPT, UNLIKE, Explanations, shown_in
 from jdm.analysis.explain.program import Denoiser, noised_probabilities, times_from
-from jdm.analysis.explain.search import search
+from jdm.analysis.explain.search import noise_seeds, search
 from jdm.analysis.explain_options import AGAIN, FITTED, OPTIONS, ExplainOptions
 from jdm.analysis.features import features
 from jdm.analysis.logits import image_logits
@@ -70,15 +70,15 @@ def explain(
 
     images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. target: a class by its
     number or name, or a list of one for each image; for a multi-label model attributes [N, K] or
-    [K]: 1 (on), 0 (off) or -1 (any). seeds: of the noise; each gives one counterfactual of every
-    image. region: bool [H, W], the pixels that may change; None is all. reference: an independent
-    classifier, which is asked whether it agrees: a Joint, a path, a function from uint8 images
-    [N, H, W, C] to probabilities [N, K] or classes [N], or "fitted", the reference classifier of
-    `jdm eval`, which is fitted on the training images once. training_images: uint8 [M, H, W, C]; an
-    image that is farther from them, in the model's features, than 99 % of them are from each other
-    is not changed, since what the model says of it has no ground. None reads those that the model
-    was trained on, and warns where they are not prepared. batch_size: the most images per device
-    and call.
+    [K]: 1 (on), 0 (off) or -1 (any). seeds: of the noise, which differs from image to image; each
+    gives one counterfactual of every image. region: bool [H, W], the pixels that may change; None
+    is all. reference: an independent classifier, which is asked whether it agrees: a Joint, a path,
+    a function from uint8 images [N, H, W, C] to probabilities [N, K] or classes [N], or "fitted",
+    the reference classifier of `jdm eval`, which is fitted on the training images once.
+    training_images: uint8 [M, H, W, C]; an image that is farther from them, in the model's
+    features, than 99 % of them are from each other is not changed, since what the model says of it
+    has no ground. None reads those that the model was trained on, and warns where they are not
+    prepared. batch_size: the most images per device and call.
 
     OPTIONS
 
@@ -154,7 +154,8 @@ def explain(
         return found
 
     images, asked = before[rows], (reasons == "")[rows]
-    whole = images, request.seeds, request.targets, asked, shows, convinces
+    noise = noise_seeds(images, request.seeds)
+    whole = images, noise, request.targets, asked, shows, convinces
     found = search(guided, unguided, chosen, request.scale, *whole)
     reasons = reasons[rows]
     reasons[asked & np.isnan(found.strength)] = KEPT

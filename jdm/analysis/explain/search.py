@@ -1,10 +1,11 @@
 """The search for counterfactuals: strengths and shares of pixels, rising until the class flips."""
 
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8, UInt32
 
 from jdm.analysis.explain.program import STRIDE
 from jdm.analysis.explain_options import AGAIN, ExplainOptions
@@ -97,6 +98,15 @@ def search(
     still = np.zeros(count, bool)
     still[found] = holds_again(after[found], found, MEASURING)
     return Found(after, control, film, strength, share, draw, still)
+
+
+def noise_seeds(images: Images, seeds: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
+    """The seed of the noise of each image, from its pixels and its seed.
+
+    At a high strength the noise decides more than what is left of an image, so one noise for all
+    would make the results of different images alike. An image has the same noise among any others.
+    """
+    return seeds + np.array([zlib.crc32(image.tobytes()) for image in images], np.uint32)
 
 
 def distances(a: Images, b: Images) -> Float[np.ndarray, " k"]:
