@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 # Tests start many processes; none should compile Python's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check lint clean
+.PHONY: help demo test check lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -26,6 +26,10 @@ lint: .venv/installed-test  ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed-docs  ## the pages of docs/ as a site to read offline, in build/site
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
+	@echo build/site/index.html
+
 # Python compiles a module when it is first imported; to compile all of them now takes longer.
 PIP := $(BIN)/pip install --quiet --no-compile
 
@@ -33,6 +37,11 @@ PIP := $(BIN)/pip install --quiet --no-compile
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	touch $@
+
+.venv/installed-docs: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable '.[docs]'
+	touch .venv/installed $@
 
 # PyTorch is for the tests of jdm convert, at the version of constraints.txt.
 .venv/installed-test: setup.cfg pyproject.toml constraints.txt

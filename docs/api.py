@@ -1,7 +1,7 @@
 """The reference of the public names, in Markdown, from their signatures and docstrings.
 
-Public are the names in jdm.__all__, and the methods and properties of the classes among them that do
-not begin with an underscore. One without a docstring is an error.
+Public are the names in jdm.__all__, and the methods and properties of the classes among them that
+do not begin with an underscore. One without a docstring is an error.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""How Sphinx makes the pages: `make docs`, into build/site. Nothing is loaded from elsewhere, neither
-when they are made nor when they are read.
+"""How Sphinx makes the pages: `make docs`, into build/site. Nothing is loaded from elsewhere,
+neither when they are made nor when they are read.
 
 The pages are plain Markdown, as a code host shows them. Added here: links that lead out of docs/ go
 to the repository, formulas become MathML, and api.md gets the docstrings of the public names.
@@ -58,7 +58,8 @@ def navigation() -> str:
 
 def complete(app, page: str, source: list[str]) -> None:
     """Adds to a page what the site has and its file does not."""
-    text = re.sub(r"\]\(\.\./([^)]+)\)", rf"]({repository.URL}/blob/{repository.BRANCH}/\1)", source[0])
+    outside = f"]({repository.URL}/blob/{repository.BRANCH}/"
+    text = re.sub(r"\]\(\.\./(?!\.)", outside, source[0])
     added = {"index": navigation, "api": api.reference}
     source[0] = f"{text}\n\n{added[page]()}\n" if page in added else text
 

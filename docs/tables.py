@@ -29,7 +29,8 @@ def keys_table(section: str) -> str:
         for name, one in found.items()
         if isinstance(one, Option)
     ]
-    head = "| key | default | allowed | what it is | may change on resuming |\n|---|---|---|---|---|"
+    titles = ("key", "default", "allowed", "what it is", "may change on resuming")
+    head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
     return "\n".join([head, *rows])
 
 

@@ -128,6 +128,7 @@ class Joint:
 
     @property
     def params(self) -> Any:
+        """The EMA of the parameters, a tree of arrays: {"unet", "head"}."""
         return self.weights["params"]
 
     @functools.cached_property

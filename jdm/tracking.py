@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jdm.messages import STDERR, STDOUT, say
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
+EVAL = "eval/"  # how the names of an evaluation's metrics begin
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -54,6 +56,24 @@ class Progress(contextlib.AbstractContextManager):
         """Prints a line to stderr; above the bar, where there is one."""
         self._bar.write(line, file=STDERR)
         STDERR.flush()
+
+
+def shown(step: int, row: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """A row of metrics for people: a line of the training's, and below it a small table of the
+    evaluation's, with their values in the row `before`, where there is one."""
+    line = "  ".join(f"{name} {row[name]:.4g}" for name in row if not name.startswith(EVAL))
+    names = [name for name in row if name.startswith(EVAL)]
+    columns = [["", *(name.removeprefix(EVAL) for name in names)]]
+    for head, values in (("now", row), ("before", before)):
+        if values:
+            found = [f"{values[name]:.4g}" if name in values else "" for name in names]
+            columns.append([head, *found])
+    wide = [max(map(len, column)) for column in columns]
+    lines = [f"step {step}  {line}"]
+    for name, *values in zip(*columns, strict=True) if names else ():
+        cells = [f"{value:>{w}}" for value, w in zip(values, wide[1:], strict=True)]
+        lines.append("  ".join([f"  {name:<{wide[0]}}", *cells]).rstrip())
+    return "\n".join(lines)
 
 
 class MetricLog(contextlib.AbstractContextManager):

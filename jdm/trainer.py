@@ -35,7 +35,7 @@ from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.profiling import StepTrace
 from jdm.startup import release_memory
-from jdm.tracking import MetricLog, Progress
+from jdm.tracking import MetricLog, Progress, shown
 from jdm.training.augment import POLICIES
 from jdm.training.best import Best
 from jdm.training.build import Run, build, learning_rate
@@ -132,6 +132,7 @@ def _train(
         raise (error.about(f"config.eval.{error.parameter}") if known else error) from None
     step = compile_step(config, run, mesh, root)
 
+    before: dict[str, float] = {}  # the row of the evaluation before
     pending: list[dict] = []  # metrics of the steps since the last row, still on the device
     with (
         MetricLog(workdir, start, started) as log,
@@ -159,8 +160,8 @@ def _train(
                 best = best and best.updated(done, found)
             ends = best is not None and best.ends(config.train.patience)
             log.write(done, done * rows, row)
-            line = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            progress.say(f"step {done}  {line}")
+            progress.say(shown(done, row, before))
+            before = row if evaluates else before
             if saves or ends or (best and best.step == done):
                 # Everything that the next step depends on, and the next evaluation.
                 data = batches.get_state() | {"dataset": dataset}

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from jdm.tracking import MetricLog, Progress, read_metrics
+from jdm.tracking import MetricLog, Progress, read_metrics, shown
 
 
 def test_rows_go_to_jsonl_and_tensorboard(tmp_path):
@@ -57,3 +57,19 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
         progress.advance(3)
     err = capsys.readouterr().err
     assert "sampling: 7/10 images" in err and "s left" in err and "\r" not in err
+
+
+def test_an_evaluation_is_a_table_below_the_line_of_the_training():
+    row = {"train/loss": 0.5, "eval/accuracy": 0.975, "eval/cross_entropy": 0.0712}
+    line, *rows = shown(400, row, {}).splitlines()
+    assert line == "step 400  train/loss 0.5"
+    assert [one.split() for one in rows] == [
+        ["now"],
+        ["accuracy", "0.975"],
+        ["cross_entropy", "0.0712"],
+    ]
+    assert len(set(map(len, rows))) == 1  # numbers end in one column
+    _, *rows = shown(400, row, {"train/loss": 1.0, "eval/accuracy": 0.5}).splitlines()
+    assert rows[0].split() == ["now", "before"] and rows[1].split() == ["accuracy", "0.975", "0.5"]
+    assert rows[2].split() == ["cross_entropy", "0.0712"]  # which was not measured before
+    assert shown(1, {"train/loss": 0.5}, row) == "step 1  train/loss 0.5"

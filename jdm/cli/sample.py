@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm import startup
+from jdm import startup, terminal
 from jdm.cli.shared import CHECKPOINT, add_profile, check_parent, load_joint
 from jdm.diffusion.method import OPTIONS, method_of
 from jdm.errors import NO_VALUE, Failure, InvalidValue
@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     if traces:
         generate.profile(joint, request, batch_size, traces)
     done = runs.run(joint, request, settings, out, resume=arguments.resume, batch_size=batch_size)
+    if done and out.suffix == ".png":
+        terminal.show(out)
     say(f"wrote {n} images to {out}" if done else f"{out} is complete already", STDOUT)
 
 

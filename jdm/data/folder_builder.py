@@ -74,7 +74,8 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         """{path: what is wrong} of the images that cannot be decoded."""
         paths = [path for files in self._listing.files.values() for path, _ in files]
         broken = {}
-        for path in tqdm(paths, desc="checking", unit=" images", file=STDERR):
+        # disable=None hides the bar where there is no terminal.
+        for path in tqdm(paths, desc="checking", unit=" images", file=STDERR, disable=None):
             try:
                 why = check_image((self._root / path).read_bytes())
             except OSError as error:

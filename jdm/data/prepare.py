@@ -24,7 +24,7 @@ from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
 from jdm.errors import InvalidValue
 from jdm.files import local_path
-from jdm.messages import STDOUT, say
+from jdm.messages import STDERR, STDOUT, say
 from jdm.names import FOLDER
 
 
@@ -114,10 +114,12 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -
     needed = listing(name.removeprefix(FOLDER)).total if facts.is_folder else 2 * facts.download
     existing = next(parent for parent in path.parents if parent.exists())
     check_room(existing, needed, f"preparing {name}", "--data_dir")
+    import tensorflow_datasets as tfds
+
+    if not STDERR.isatty():
+        tfds.disable_progress_bar()
     options = {}
     if originals:
-        import tensorflow_datasets as tfds
-
         # TFDS takes a file from here where it has the name that the download would have.
         options["download_config"] = tfds.download.DownloadConfig(manual_dir=originals)
         say(f"reading the original files of {name} in {originals}")
