@@ -164,6 +164,11 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+def anchors(page: Path) -> list[str]:
+    """The anchors of a page's headings."""
+    return [slug(heading) for heading in re.findall(r"^#+ (.*)", prose(page), re.M)]
+
+
 def dead_links(page: Path) -> list[str]:
     """The relative links of a page to files or headings that are not there."""
     found = []
@@ -172,8 +177,7 @@ def dead_links(page: Path) -> list[str]:
         if re.match(r"\w+:", link):
             continue
         target = (page.parent / path).resolve() if path else page
-        headings = re.findall(r"^#+ (.*)", prose(target), re.M) if target.suffix == ".md" else []
-        if not target.exists() or (anchor and anchor not in map(slug, headings)):
+        if not target.exists() or (anchor and anchor not in anchors(target)):
             found.append(link)
     return found
 
