@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import jdm
+from jdm.cli import doctor
 from jdm.config import config_names
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +84,10 @@ def test_the_citation_is_of_this_version():
         cited["version"] == jdm.__version__ and cited["license"] == SETTINGS["metadata"]["license"]
     )
     assert cited["repository-code"] == SETTINGS["metadata"]["url"]
+
+
+def test_jdm_doctor_knows_every_extra():
+    assert set(doctor.EXTRAS) == set(SETTINGS["options.extras_require"])
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ EXTRAS = {
     "fid": "--features=inception",
     "torch": "jdm convert",
     "test": "make test",
+    "docs": "make docs",
 }
 GIB = 2**30
 
