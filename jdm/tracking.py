@@ -66,12 +66,12 @@ def shown(step: int, row: Mapping[str, float], before: Mapping[str, float]) -> s
     columns = [["", *(name.removeprefix(EVAL) for name in names)]]
     for head, values in (("now", row), ("before", before)):
         if values:
-            found = [f"{values[name]:.4g}" if name in values else "" for name in names]
-            columns.append([head, *found])
+            texts = [f"{values[name]:.4g}" if name in values else "" for name in names]
+            columns.append([head, *texts])
     wide = [max(map(len, column)) for column in columns]
     lines = [f"step {step}  {line}"]
-    for name, *values in zip(*columns, strict=True) if names else ():
-        cells = [f"{value:>{w}}" for value, w in zip(values, wide[1:], strict=True)]
+    for name, *numbers in zip(*columns, strict=True) if names else ():
+        cells = [f"{number:>{w}}" for number, w in zip(numbers, wide[1:], strict=True)]
         lines.append("  ".join([f"  {name:<{wide[0]}}", *cells]).rstrip())
     return "\n".join(lines)
 
