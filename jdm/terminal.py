@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from jdm.messages import STDOUT
@@ -71,11 +72,11 @@ def half_blocks(path: Path) -> str:
     image = image.reduce(max(-(-image.width // columns), -(-image.height // most), 1))
     if image.height % 2:
         image = image.crop((0, 0, image.width, image.height + 1))  # the new line is black
-    rows = []
-    for y in range(0, image.height, 2):
-        cells = []
-        for x in range(image.width):
-            (r, g, b), (u, v, w) = image.getpixel((x, y)), image.getpixel((x, y + 1))
-            cells.append(f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{u};{v};{w}m{HALF}")
+    pixels, rows = np.asarray(image), []
+    for top, bottom in zip(pixels[::2], pixels[1::2], strict=True):
+        cells = [
+            f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{u};{v};{w}m{HALF}"
+            for (r, g, b), (u, v, w) in zip(top, bottom, strict=True)
+        ]
         rows.append("".join(cells) + "\x1b[0m\n")
     return "".join(rows)
