@@ -34,9 +34,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jdm import distributed
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import read_json
 from jdm.messages import STDOUT, say
@@ -80,7 +80,7 @@ def save(
     items = {item: value for item, value in items.items() if value is not None}
     json_args, tree_args = ocp.args.JsonSave, ocp.args.StandardSave
     args = {k: (json_args if _is_json(k) else tree_args)(v) for k, v in items.items()}
-    writer = jax.process_index() == 0
+    writer = distributed.is_main()
     try:
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def save(
                 sweep(folder)
             except OSError as error:
                 raise CheckpointError(f"saved {final}, could not delete {old}: {error}") from error
-    multihost_utils.sync_global_devices(f"jdm.checkpoint.save {step}")
+    distributed.barrier(f"checkpoint.save {step}")
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -142,7 +142,7 @@ def newest_whole(workdir: epath.PathLike) -> int | None:
     never starts again from the beginning where it has been further.
     """
     folder, found, damaged = _folder(workdir), -1, {}
-    if jax.process_index() == 0:
+    if distributed.is_main():
         for step in reversed(steps(workdir)):
             try:
                 verify(workdir, step)
@@ -158,7 +158,7 @@ def newest_whole(workdir: epath.PathLike) -> int | None:
             bad = free(folder / f"{step}.bad")
             (folder / str(step)).rename(bad)
             say(f"set aside a damaged checkpoint as {bad}: {why}", STDOUT)
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    found = int(distributed.from_main(found))
     if found == -2:
         first = f" ({next(iter(damaged.values()))})" if damaged else ""
         hint = "move this folder away to train from the beginning, or choose another work folder"

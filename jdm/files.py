@@ -2,7 +2,7 @@
 
 Every path that a user gives goes through `local_path`, once and before anything is read or written.
 Also what belongs to the system in a folder, where the user's home folder is, how JSON that jdm has
-written is read back, and how a work folder is kept to one job.
+written is read back, how a work folder is kept to one job, and how processes take turns.
 """
 
 import contextlib
@@ -75,6 +75,22 @@ def only_job(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
         file.flush()
+        os.fsync(file.fileno())  # other machines of the same job read it
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits while another process makes the same file or folder; without a lock where the system or
+    the disk has none, so that what is done inside must be right for two at once, too."""
+    lock = path.with_name(f"{path.name}.lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on every system that can sample
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(lock.open("ab")), fcntl.LOCK_EX)
+            held.callback(lock.unlink, missing_ok=True)
         yield
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.extend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jdm.errors import InvalidValue
 
@@ -53,6 +54,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def of_this_host(tree: PyTree) -> PyTree:
+    """Arrays that are replicated over all hosts, as arrays replicated over the devices of this one,
+    for work that each host does separately. Copies nothing."""
+    here = replicated(local_mesh())
+
+    def local(x: jax.Array) -> jax.Array:
+        if x.is_fully_addressable:
+            return x
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, here, parts)
+
+    return jax.tree.map(local, tree)
 
 
 def check_batch(batch_size: int, mesh: Mesh, parameter: str) -> None:

@@ -2,7 +2,8 @@
 
 Where the output is closed, full or gone, or cannot show a character, the line is lost or shows an
 escape, and the run goes on. A command whose result is text, such as `jdm data list`, prints that
-with `print`: to lose a result is an error.
+with `print`: to lose a result is an error. Of several processes of a run one prints lines of
+progress, and all print warnings and errors.
 """
 
 import contextlib
@@ -13,20 +14,27 @@ from typing import Any
 
 
 class Output:
-    """sys.stdout or sys.stderr, by name; what cannot be written to it is dropped."""
+    """sys.stdout or sys.stderr, by name; what cannot be written to it is dropped.
 
-    def __init__(self, name: str):
-        self._name = name
+    always: whether it is used by every process of a run, see `only_alerts`.
+    """
+
+    def __init__(self, name: str, always: bool = False):
+        self._name, self._always = name, always
 
     def __getattr__(self, name: str) -> Any:  # encoding, fileno: for tqdm
         return getattr(getattr(sys, self._name), name)
 
     def isatty(self) -> bool:
+        if _process and not self._always:
+            return False
         with contextlib.suppress(AttributeError, ValueError):  # there is none, or it was closed
             return getattr(sys, self._name).isatty()
         return False
 
     def write(self, text: str) -> None:
+        if _process and not self._always:
+            return
         with self._whatever_happens() as stream:
             encoding = stream.encoding or "utf-8"
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -46,13 +54,25 @@ class Output:
             pass
 
 
-STDOUT, STDERR = Output("stdout"), Output("stderr")
+STDOUT, STDERR, ALERTS = Output("stdout"), Output("stderr"), Output("stderr", always=True)
+_process = ""  # the name of this process, where another one prints the lines of progress
+
+
+def only_alerts(process: str) -> None:
+    """From now on this process prints warnings and errors alone, each after its name."""
+    global _process
+    _process = process
 
 
 def say(line: str, output: Output = STDERR) -> None:
     """Prints a line, if that is possible."""
     output.write(f"{line}\n")
     output.flush()
+
+
+def alert(line: str) -> None:
+    """Prints a warning or an error, if that is possible, in every process of a run."""
+    say(f"{_process}: {line}" if _process else line, ALERTS)
 
 
 def discard(stream: Any) -> None:

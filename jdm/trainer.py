@@ -1,12 +1,14 @@
 """`train`: a training run from its first check to its last checkpoint.
 
 Owns the order of the checks, resuming, and when a run logs, evaluates and saves. The loss and the
-training step are in jdm.training.
+training step are in jdm.training. Of the processes of a run, process 0 writes all files but the
+checkpoints, which all write together.
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import time
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdm import checkpoint
+from jdm import checkpoint, distributed
 from jdm.analysis.evaluators import EvaluationOptions, Value, evaluate
 from jdm.config import config_from_dict, config_to_dict, differences
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty, ood_options
@@ -28,9 +30,9 @@ from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue, first_ten
-from jdm.files import local_path, new_folder, only_job, read_json, write_whole
+from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, read_json, write_whole
 from jdm.joint import Joint, load
-from jdm.mesh import by_row, check_batch, make_mesh, replicated, to_global
+from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, replicated, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.profiling import StepTrace
@@ -69,7 +71,8 @@ def train(
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     if profile is not None and dry_run:
         raise InvalidValue("profile", str(profile), "does not go with dry_run, which runs no step")
-    traces = None if profile is None else new_folder("profile", profile, make=True)
+    main = distributed.is_main()
+    traces = new_folder("profile", profile, make=True) if profile is not None and main else None
     mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)
@@ -83,8 +86,10 @@ def train(
         say("dry run: nothing was written", STDOUT)
         return
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    with only_job(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    if main:
+        made_folder("workdir", workdir)
+    with only_job(workdir) if main else contextlib.nullcontext():
+        check_shared(workdir)
         _train(config, workdir, run, mesh, root, source, other_data, started, traces)
 
 
@@ -101,7 +106,9 @@ def _train(
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
-    write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
+    main = distributed.is_main()
+    if main:
+        write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
     if last is not None and last >= config.train.steps:
         untraced = ", so that there is nothing to trace" if traces else ""
         say(f"{workdir} is trained already: {last} of {config.train.steps} steps{untraced}", STDOUT)
@@ -122,7 +129,8 @@ def _train(
     start, rows = last or 0, config.data.batch_size
 
     def evaluation(state: Any, done: int) -> Iterator[tuple[str, Value]]:
-        joint = Joint(config, run.model, run.diffusion, state.ema, dataset, done)
+        weights = of_this_host(state.ema)
+        joint = Joint(config, run.model, run.diffusion, weights, dataset, done)
         return evaluate(joint, config.eval.metrics, evaluated, options)
 
     try:  # what cannot be evaluated is refused before the first step; nothing is computed yet
@@ -135,7 +143,7 @@ def _train(
     before: dict[str, float] = {}  # the row of the evaluation before
     pending: list[dict] = []  # metrics of the steps since the last row, still on the device
     with (
-        MetricLog(workdir, start, started) as log,
+        MetricLog(workdir, start, started) if main else contextlib.nullcontext() as log,
         Progress(config.train.steps * rows, "training", "images", start * rows) as progress,
         StepTrace(traces, start + 1, config.train.steps) as traced,
     ):
@@ -156,10 +164,14 @@ def _train(
             if evaluates:
                 values = evaluation(state, done)
                 found = {name: v for name, v in values if isinstance(v, float)}
+                # All processes go on from the same values, also where their machines differ.
+                numbers = distributed.from_main(np.array(list(found.values()), np.float64))
+                found = dict(zip(found, numbers.tolist(), strict=True))
                 row |= {f"eval/{name}": value for name, value in found.items()}
                 best = best and best.updated(done, found)
             ends = best is not None and best.ends(config.train.patience)
-            log.write(done, done * rows, row)
+            if log:
+                log.write(done, done * rows, row)
             progress.say(shown(done, row, before))
             before = row if evaluates else before
             if saves or ends or (best and best.step == done):
@@ -256,6 +268,19 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             refuse(allowed, "choose another folder, or the same values")
 
 
+def check_shared(workdir: Path) -> None:
+    """Raises InvalidValue in a process that does not see what process 0 has just written to the
+    work folder. All processes of a run call it together, while process 0 holds the folder."""
+    if distributed.count() == 1:
+        return
+    distributed.barrier("process 0 holds the work folder")
+    content = (workdir / LOCK).read_bytes() if (workdir / LOCK).is_file() else b""
+    mine = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    if (mine != distributed.from_main(mine)).any():
+        allowed = "is another folder here than in process 0; all processes need one that they share"
+        raise InvalidValue("workdir", str(workdir), allowed)
+
+
 def say_learning_rate(config: ConfigDict, workdir: Path, step: int) -> None:
     """Says where another number of steps changes the learning rate of a run that is resumed."""
     stored = config_from_dict(checkpoint.read_config(workdir, step))
@@ -284,7 +309,7 @@ def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
         STDOUT,
     )
     batching = dict(batch_size=data.batch_size, seed=config.seed, workers=data.workers)
-    hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+    hosts = dict(host=distributed.index(), hosts=distributed.count())
     return train_batches(images, labels, **batching, **hosts), evaluated
 
 

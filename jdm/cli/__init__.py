@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import jdm
 from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
-from jdm.messages import STDOUT, discard, nobody_reads, open_missing, say
+from jdm.messages import STDOUT, alert, discard, nobody_reads, open_missing, say
 
 COMMANDS = (
     *("train", "sample", "eval", "compare", "probe", "explain"),
@@ -48,7 +48,7 @@ def _main(argv: list[str]) -> None:
     overrides = [flag for flag in argv if flag.startswith("--config.")]
     arguments = parser().parse_args([flag for flag in argv if flag not in overrides])
     arguments.overrides = overrides
-    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: alert(f"warning: {message}")
     try:
         if overrides and not getattr(arguments, "config", None):
             said = "goes with --config; a checkpoint has its config"
@@ -69,7 +69,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _exit(arguments: argparse.Namespace, sentence: str, status: int) -> NoReturn:
-    say(f"jdm {arguments.full_name}: {sentence}")
+    alert(f"jdm {arguments.full_name}: {sentence}")
     sys.exit(status)
 
 

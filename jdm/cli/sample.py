@@ -2,10 +2,18 @@
 
 import argparse
 
-from jdm import startup, terminal
-from jdm.cli.shared import CHECKPOINT, add_profile, check_parent, load_joint
+from jdm import distributed, startup, terminal
+from jdm.cli.shared import (
+    CHECKPOINT,
+    add_processes,
+    add_profile,
+    check_parent,
+    load_joint,
+    processes_of,
+    same_flags,
+)
 from jdm.diffusion.method import OPTIONS, method_of
-from jdm.errors import NO_VALUE, Failure, InvalidValue
+from jdm.errors import InvalidValue
 from jdm.files import new_folder
 from jdm.messages import STDOUT, say
 
@@ -32,14 +40,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--out", default="samples.png", help=text)
     add("--resume", action="store_true", help="continue an interrupted run to the same --out")
     add_profile(command, "the sampling of one batch, which is generated once more for that")
-    text = (
-        "this process is one of several hosts that run the same command; needs the next three "
-        "flags, except on TPU pods and under Slurm"
-    )
-    add("--distributed", action="store_true", help=text)
-    add("--coordinator", help="host:port of the first host, such as 10.0.0.2:8476")
-    add("--hosts", type=int, help="the number of hosts")
-    add("--host", type=int, help="the number of this host, from 0")
+    add_processes(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,60 +53,40 @@ def run(arguments: argparse.Namespace) -> None:
     given = {k: OPTIONS[k].read(k, text) for k, text in texts.items() if text is not None}
     method = method_of(None, given)
     out = check_parent("out", arguments.out)
-    _check_hosts(arguments)
+    processes = processes_of(arguments)
     traces = arguments.profile and new_folder("profile", arguments.profile, make=True)
 
     startup.set_up()
-    if arguments.distributed:
-        _join_hosts(arguments)
-    from jdm.sampling import generate, runs
-    from jdm.sampling.request import check_request
-    from jdm.sampling.samples import check_format
+    with distributed.joined(processes, same_flags(arguments)):
+        from jdm.sampling import generate, runs
+        from jdm.sampling.request import check_request
+        from jdm.sampling.samples import check_format
 
-    trajectory = check_format(out) == ".gif"
-    joint = load_joint("checkpoint", arguments.checkpoint)
-    classifier = arguments.classifier and load_joint("classifier", arguments.classifier)
-    model, n, batch_size = joint.model, len(seeds), arguments.batch_size
-    classes = (model.num_classes, model.multi_label, joint.class_names)
-    labels = weights and cycled(weights, n, *classes)
-    try:
-        request = check_request(
-            joint,
-            labels=labels,
-            seeds=seeds,
-            method=method,
-            classifier=classifier or None,
-            trajectory=trajectory,
-            batch_size=batch_size,
+        trajectory = check_format(out) == ".gif"
+        joint = load_joint("checkpoint", arguments.checkpoint)
+        classifier = arguments.classifier and load_joint("classifier", arguments.classifier)
+        model, n, batch_size = joint.model, len(seeds), arguments.batch_size
+        classes = (model.num_classes, model.multi_label, joint.class_names)
+        labels = weights and cycled(weights, n, *classes)
+        try:
+            request = check_request(
+                joint,
+                labels=labels,
+                seeds=seeds,
+                method=method,
+                classifier=classifier or None,
+                trajectory=trajectory,
+                batch_size=batch_size,
+            )
+        except InvalidValue as error:
+            raise (error.about("checkpoint") if error.parameter == "joint" else error) from None
+        paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
+        settings = request.settings(joint, **paths)
+        if traces:
+            generate.profile(joint, request, batch_size, traces)
+        done = runs.run(
+            joint, request, settings, out, resume=arguments.resume, batch_size=batch_size
         )
-    except InvalidValue as error:
-        raise (error.about("checkpoint") if error.parameter == "joint" else error) from None
-    paths = {name: getattr(arguments, name) for name in ("checkpoint", "classifier")}
-    settings = request.settings(joint, **paths)
-    if traces:
-        generate.profile(joint, request, batch_size, traces)
-    done = runs.run(joint, request, settings, out, resume=arguments.resume, batch_size=batch_size)
-    if done and out.suffix == ".png":
-        terminal.show(out)
-    say(f"wrote {n} images to {out}" if done else f"{out} is complete already", STDOUT)
-
-
-def _check_hosts(arguments: argparse.Namespace) -> None:
-    given = (arguments.coordinator, arguments.hosts, arguments.host)
-    if any(flag is not None for flag in given) and (None in given or not arguments.distributed):
-        said = "goes with --hosts, --host and --distributed"
-        raise InvalidValue("coordinator", arguments.coordinator or NO_VALUE, said)
-    if arguments.hosts is not None and not 0 <= arguments.host < arguments.hosts:
-        allowed = f"must be one of the --hosts={arguments.hosts}, from 0"
-        raise InvalidValue("host", arguments.host, allowed)
-
-
-def _join_hosts(arguments: argparse.Namespace) -> None:
-    """Connects this process with the other hosts; waits for them."""
-    import jax
-
-    try:
-        jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise Failure(f"the hosts could not connect: {reason}") from error
+        if done and out.suffix == ".png" and distributed.is_main():
+            terminal.show(out)
+        say(f"wrote {n} images to {out}" if done else f"{out} is complete already", STDOUT)

@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jdm import distributed
 from jdm.config import config_names
 from jdm.errors import InvalidValue
 from jdm.files import local_path
@@ -44,6 +45,35 @@ def add_profile(command: argparse.ArgumentParser, what: str) -> None:
     """The flag --profile. what: of which a trace is written."""
     text = f"a new or empty folder for a trace of {what}, which xprof opens"
     command.add_argument("--profile", help=text)
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """The flags of runs of several processes."""
+    for name, option in distributed.OPTIONS.items():
+        if option.default is False:
+            command.add_argument(f"--{name}", action="store_true", help=option.help)
+        else:
+            command.add_argument(f"--{name}", help=option.flag_help)
+
+
+def processes_of(arguments: argparse.Namespace) -> distributed.Processes:
+    """What these flags say. Raises InvalidValue, see distributed.Processes."""
+    values = {name: getattr(arguments, name) for name in distributed.OPTIONS}
+    read = {
+        name: distributed.OPTIONS[name].read(name, value) if isinstance(value, str) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    return distributed.Processes(**read)
+
+
+def same_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that must be the same in all processes of a run, and their values: all but the
+    number of the process and the address, which may have several names. Those of the config are in
+    its values."""
+    own = ("coordinator", "process", "config", "config.SECTION.KEY", "help", "h")
+    values = {flag: getattr(arguments, flag.replace("-", "_"), None) for flag in arguments.flags}
+    return {flag: value for flag, value in sorted(values.items()) if flag not in own}
 
 
 def load_joint(flag: str, path: str) -> "Joint":

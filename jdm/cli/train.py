@@ -3,9 +3,16 @@
 import argparse
 from pathlib import Path
 
-from jdm import startup
-from jdm.cli.shared import add_config, add_other_data, add_profile
-from jdm.config import load_config
+from jdm import distributed, startup
+from jdm.cli.shared import (
+    add_config,
+    add_other_data,
+    add_processes,
+    add_profile,
+    processes_of,
+    same_flags,
+)
+from jdm.config import flatten, load_config
 from jdm.errors import InvalidValue
 from jdm.files import local_path
 
@@ -19,6 +26,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
     add_other_data(command)
     add_profile(command, "a few training steps")
+    add_processes(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,9 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     workdir = Path(local_path("workdir", arguments.workdir))
     if workdir.exists() and not workdir.is_dir():
         raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
+    processes = processes_of(arguments)
+    values = {f"config.{key}": value for key, value in flatten(config).items()}
     startup.set_up()
-    from jdm import trainer
+    with distributed.joined(processes, same_flags(arguments) | values):
+        from jdm import trainer
 
-    names = ("dry_run", "other_data", "profile")
-    options = {name: getattr(arguments, name) for name in names}
-    trainer.train(config, workdir, **options)
+        names = ("dry_run", "other_data", "profile")
+        options = {name: getattr(arguments, name) for name in names}
+        trainer.train(config, workdir, **options)

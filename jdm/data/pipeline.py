@@ -160,8 +160,8 @@ def train_batches(
     """Endless shuffled batches {"image": uint8 [B/H, h, w, c], "label": int [B/H, ...]} of a host.
 
     images: [N, h, w, c] in [0, 255], N > 0. labels: [N] or [N, K]. batch_size: B, over all hosts;
-    may exceed N. seed: 0 or more, of the order; the same on every host. host, hosts: h and H, from
-    `jax.process_index()` and `jax.process_count()`. workers: the number of processes that read
+    may exceed N. seed: 0 or more, of the order; the same on every host. host, hosts: h and H, see
+    jdm.distributed. workers: the number of processes that read
     batches ahead, for images that are decoded when they are read; the batches are the same.
 
     A saved position can be restored with any number of hosts and workers.

@@ -7,6 +7,7 @@ there are batches or hosts, in these steps; random draws depend on the seed alon
     -> hidden labels -> images of a second data set, without labels
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from jdm.data.labels import Labels, Mask, Rows, draw_rows, hide_labels
 from jdm.data.lookup import dataset
 from jdm.data.records import Records, data_root
 from jdm.errors import NO_VALUE, InvalidValue
-from jdm.files import local_path
+from jdm.files import local_path, one_at_a_time
 from jdm.messages import say
 
 DECODED = "jdm_decoded"  # the folder of decoded images, beside the prepared data sets
@@ -200,9 +201,10 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
         images = EncodedImages(reopen, len(records), size, channels)
         return images, labels_of(cache_folder(records, stored, options, "labels"), records)
     folder = cache_folder(records, stored, options, f"{size}x{size}x{channels}-v{VERSION}")
-    if not folder.exists():
-        say(f"Decoding {len(records):,} images of {facts.name} to {folder}.")
-    return decoded_split(folder, records, size, channels)
+    with one_at_a_time(folder) if not folder.exists() else contextlib.nullcontext():
+        if not folder.exists():  # otherwise another process has decoded it meanwhile
+            say(f"Decoding {len(records):,} images of {facts.name} to {folder}.")
+        return decoded_split(folder, records, size, channels)
 
 
 def cache_folder(records: Records, stored: str, options: ReadOptions, what: str) -> Path:

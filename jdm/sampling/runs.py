@@ -15,10 +15,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from jdm import distributed
 from jdm.errors import Failure, InvalidValue
 from jdm.files import is_system, read_json, write_whole
 from jdm.joint import Joint
@@ -80,8 +79,8 @@ def run(
     Raises InvalidValue as `check_out` does.
     """
     check_out(out, settings, resume)
-    _barrier("all hosts have checked the output")  # before a host changes it
-    hosts, host = jax.process_count(), jax.process_index()
+    distributed.barrier("all hosts have checked the output")  # before a host changes it
+    hosts, host = distributed.count(), distributed.index()
     parts, record = _parts(out), _parts(out) / RECORD
     if resume and not record.is_file() and read_settings(out) is not None:
         return False  # complete: `check_out` has compared the settings
@@ -99,7 +98,7 @@ def run(
     if host == 0 and not record.is_file():
         parts.mkdir(exist_ok=True)
         write_whole(record, json.dumps({"settings": settings, "part": each}))
-    _barrier("the size of a part is agreed on")
+    distributed.barrier("the size of a part is agreed on")
     each = _recorded(record)["part"]
     paths = {start: parts / f"{start:08}.npz" for start in range(0, count, each)}
     ours = {start: path for i, (start, path) in enumerate(paths.items()) if i % hosts == host}
@@ -111,7 +110,7 @@ def run(
             part = request.part(slice(start, start + each))
             whole = concatenate(part, settings, batches(part, progress))
             write_whole(path, _packed(Batch(whole.images, whole.probabilities, whole.trajectory)))
-    _barrier("all parts are there")
+    distributed.barrier("all parts are there")
     if host == 0:
         concatenate(request, settings, map(_unpacked, paths.values())).save(out)
         for path in paths.values():
@@ -122,7 +121,7 @@ def run(
         record.unlink()  # last: parts without it belong to no run
         with contextlib.suppress(OSError):  # it holds what a person has put there
             parts.rmdir()
-    _barrier("the parts are joined")
+    distributed.barrier("the parts are joined")
     return True
 
 
@@ -146,12 +145,6 @@ def _recorded(record: Path) -> dict[str, Any]:
         allowed, hint = f"cannot be continued: {error}", f"deleting {record.parent} discards it"
         raise InvalidValue("out", str(record.parent), allowed, hint) from None
     return found
-
-
-def _barrier(name: str) -> None:
-    """Waits until all hosts are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _packed(batch: Batch) -> bytes:

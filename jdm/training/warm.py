@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdm import trees
 from jdm.errors import NO_VALUE, InvalidValue
@@ -36,8 +37,17 @@ def warm_started(state: TrainState, saved: Any) -> TrainState:
     """The state before the first step, with the saved {params, batch_stats} where they fit."""
     ours = {"params": state.params, "batch_stats": state.batch_stats}
     differ, saved = {one.path for one in trees.differences(ours, saved)}, trees.leaves(saved)
-    leaves = [x if path in differ else saved[path] for path, x in trees.leaves(ours).items()]
+    leaves = [
+        x if path in differ else _placed(saved[path], x) for path, x in trees.leaves(ours).items()
+    ]
     weights = jax.tree.unflatten(jax.tree.structure(ours), leaves)
     # The EMA is a copy: a buffer that a step donates twice is an error.
     ema = jax.tree.map(jnp.copy, weights)
     return state.replace(**weights, ema=ema)  # type: ignore[attr-defined]  # of flax.struct
+
+
+def _placed(saved: jax.Array, ours: jax.Array) -> jax.Array:
+    """A loaded array, which lies on the devices of this host, on those of all hosts."""
+    if ours.is_fully_addressable:
+        return saved
+    return jax.make_array_from_process_local_data(ours.sharding, np.asarray(saved), ours.shape)
