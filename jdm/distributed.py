@@ -244,7 +244,7 @@ class _Given(_Run):
         number, total = flags.process or 0, flags.processes or 1
         if number:
             only_alerts(named(number, total))
-        links = Links(number, total, flags.address, flags.timeout)
+        links = Links(number, total, flags.address, float(flags.timeout))
         links.meet(facts)
         self.links = links
         self.initialise(
@@ -274,7 +274,7 @@ class _Found(_Run):
         number, total = global_state.process_id, global_state.num_processes
         if number:
             only_alerts(named(number, total))
-        compare = (global_state.client, number, total, self.processes.timeout)
+        compare = (global_state.client, number, total, float(self.processes.timeout))
         _compare_in_store("facts", facts, *compare)
         _compare_in_store("devices", {"devices": _devices()}, *compare)
 
@@ -308,7 +308,7 @@ def _compare_in_store(
             client.key_value_set(f"jdm/{what}/said", json.dumps(said))
         said = get("said")
     except RuntimeError:  # of JAX, for a time-out
-        late = f"has not sent its {what} within {timeout} s"
+        late = f"has not sent its {what} within {timeout:g} s"
         raise InvalidValue(named(waited_for, total), NO_VALUE, late) from None
     if said:
         jax.distributed.shutdown()  # waits until all have read it

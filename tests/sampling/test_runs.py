@@ -96,9 +96,9 @@ def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
         subprocess.Popen(
             [
                 JDM,
-                *command(tiny, out, "--distributed", f"--coordinator=localhost:{port}"),
-                "--hosts=2",
-                f"--host={host}",
+                *command(tiny, out, f"--coordinator=localhost:{port}"),
+                "--processes=2",
+                f"--process={host}",
             ],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
@@ -117,16 +117,6 @@ def test_two_hosts_write_a_part_each(tiny, tmp_path, whole, assert_same_images):
     assert_same_images(np.stack(images)[..., None], whole.images)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--hosts=2"], ["--distributed", "--hosts=2", "--host=0"]],
-)
-def test_flags_of_hosts_go_together(run, tiny, tmp_path, flags):
-    done = run(*command(tiny, tmp_path / "x.npz", *flags))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "goes with --hosts, --host and --distributed" in done.stderr
-
-
 def test_a_part_that_does_not_open_is_generated_again(joint, whole, tmp_path, assert_same_images):
     method = Method(guidance="pixel", steps=2)
     request = check_request(joint, labels=np.arange(96) % 10, method=method)
@@ -141,7 +131,7 @@ def test_a_part_that_does_not_open_is_generated_again(joint, whole, tmp_path, as
             raise OSError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_barrier", cut_off)
+        patch.setattr(runs.distributed, "barrier", cut_off)
         patch.setattr(runs, "LEAST", 32)
         with pytest.raises(OSError):
             go_on()
