@@ -133,6 +133,15 @@ def from_main(value: Any) -> Any:
     return np.frombuffer(sent.tobytes(), array.dtype).reshape(array.shape)
 
 
+def summed(array: Any) -> Any:
+    """The sum of an array over all processes. All call this together, with the same shape."""
+    if count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array).sum(axis=0)
+
+
 @contextlib.contextmanager
 def joined(processes: Processes, facts: Facts) -> Iterator[None]:
     """Makes this process one of a run, if the flags say so.
@@ -226,10 +235,9 @@ class _Run:
 
 def _leave(status: int) -> None:
     """Ends this process at once, with its workers."""
-    import multiprocessing
-
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    if workers := sys.modules.get("multiprocessing"):  # not imported here: JAX is about to abort
+        for worker in workers.active_children():
+            worker.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()

@@ -201,7 +201,9 @@ def evaluation_options(config: ConfigDict) -> EvaluationOptions:
     names = ("batch_size", "samples", "features")
     given = {name: section[name] for name in names}
     steps = section.bound_steps or None
-    return EvaluationOptions(**given, load=load_one, other=other or None, bound_steps=steps)
+    return EvaluationOptions(
+        **given, load=load_one, other=other or None, bound_steps=steps, shared=True
+    )
 
 
 def best_so_far(config: ConfigDict, workdir: Path, last: int | None) -> Best | None:

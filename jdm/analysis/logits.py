@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 
+from jdm import distributed
 from jdm.analysis.calibration import labelled_rows
 from jdm.data.pipeline import eval_batches
 from jdm.data.splits import Split
@@ -50,33 +51,40 @@ def image_logits(
     batch_size: int,
     t: int = 0,
     seed: int = 0,
+    shared: bool = False,
 ) -> Float[np.ndarray, "n k"]:
     """The logits of images at noise level t, float32 [N, K].
 
     t: in [0, T); at 0 the images are clean, above it they are noised to level t. seed: in
     [0, 2**32), of the noise, which is the same at every t. batch_size: images in one forward pass;
-    it does not change the result.
+    it does not change the result. shared: the processes of a run, which all call this together,
+    compute some of the batches each; they all get all logits.
     """
-    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
-    for batch, index, count in batches(images, batch_size):
+    process, processes = (distributed.index(), distributed.count()) if shared else (0, 1)
+    logits = np.zeros((len(images), joint.model.num_classes), np.float32)
+    for number, (batch, index, count) in enumerate(batches(images, batch_size)):
+        if number % processes != process:
+            continue
         if t == 0:
             x = pixels_to_float(jnp.asarray(batch))
         else:
             x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
         times = jnp.full(len(batch), t, jnp.int32)
-        rows.append(np.asarray(logits_of(joint.model, joint.weights, x, times))[:count])
-    return np.concatenate(rows)
+        found = logits_of(joint.model, joint.weights, x, times)
+        logits[index[:count]] = np.asarray(found)[:count]
+    return distributed.summed(logits) if shared else logits  # others have 0 in these rows
 
 
 def labelled_logits(
-    joint: Joint, split: Split, batch_size: int, t: int = 0, seed: int = 0
+    joint: Joint, split: Split, batch_size: int, t: int = 0, seed: int = 0, shared: bool = False
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, " m"]]:
     """The logits and labels of all that is labelled, see `labelled_rows` and `image_logits`.
 
     Raises InvalidValue for a split without labels.
     """
     check_labelled(split)
-    return labelled_rows(image_logits(joint, split.images, batch_size, t, seed), split.labels)
+    logits = image_logits(joint, split.images, batch_size, t, seed, shared)
+    return labelled_rows(logits, split.labels)
 
 
 def check_labelled(split: Split) -> None:

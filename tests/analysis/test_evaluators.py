@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jdm
-from jdm import names
+from jdm import distributed, names
 from jdm.analysis import calibration
 from jdm.analysis.evaluators import EVALUATORS, evaluate
 from jdm.analysis.evaluators.base import EvaluationOptions, Value
@@ -106,6 +106,18 @@ def test_partial_batches_and_unlabelled_images_count_right(joint, split):
     hidden[50:] = -1
     some = classification(joint, images[:50], labels[:50])
     assert classification(joint, images, hidden) == pytest.approx(some, rel=1e-5)
+
+
+def test_processes_share_the_images_and_all_get_all_logits(joint, split, monkeypatch):
+    """As processes 0, 1 and 2 of a run: each computes some batches, and together all."""
+    images, computed = split.images[:30], []
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "summed", computed.append)
+    for process in range(3):
+        monkeypatch.setattr(distributed, "index", lambda process=process: process)
+        image_logits(joint, images, 8, shared=True)
+    assert [(one != 0).any(axis=1).sum() for one in computed] == [8 + 6, 8, 8]
+    np.testing.assert_array_equal(sum(computed), image_logits(joint, images, 8))
 
 
 def test_a_split_without_labels_is_an_error(joint, split):

@@ -48,7 +48,8 @@ class EvaluationOptions:
     measured in, of names.EXTRACTORS. cache: the folder that keeps what is computed from real
     images, such as their features and reference classifiers; None is that of the model's data set.
     seed: of all draws. bound_steps: at how many of the T noise levels the variational bound of each
-    image is computed; None is at all, which takes T forward passes an image.
+    image is computed; None is at all, which takes T forward passes an image. shared: whether all
+    processes of a run evaluate together, and share the images to classify.
     """
 
     batch_size: int
@@ -60,6 +61,7 @@ class EvaluationOptions:
     cache: Path | None = None
     seed: int = 0
     bound_steps: int | None = 50
+    shared: bool = False
 
 
 Evaluator = Callable[[Joint, Split, EvaluationOptions], Iterator[tuple[str, Value]]]

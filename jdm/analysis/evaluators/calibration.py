@@ -37,14 +37,15 @@ def calibration(
     check_labelled(split)
     fitted_on = _validation(options)
     check_labelled(fitted_on)
-    return _values(joint, split, fitted_on, options.batch_size)
+    return _values(joint, split, fitted_on, options)
 
 
 def _values(
-    joint: Joint, split: Split, fitted_on: Split, batch_size: int
+    joint: Joint, split: Split, fitted_on: Split, options: EvaluationOptions
 ) -> Iterator[tuple[str, Value]]:
-    temperature = fit_temperature(*labelled_logits(joint, fitted_on, batch_size))
-    logits, labels = labelled_logits(joint, split, batch_size)
+    size, shared = options.batch_size, options.shared
+    temperature = fit_temperature(*labelled_logits(joint, fitted_on, size, shared=shared))
+    logits, labels = labelled_logits(joint, split, size, shared=shared)
     rows = []
     for suffix, scaled in (("", logits), ("/scaled", logits / temperature)):
         bins = reliability(scaled, labels)

@@ -33,7 +33,7 @@ def classification(
 
 
 def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Value]]:
-    logits = image_logits(joint, split.images, options.batch_size)
+    logits = image_logits(joint, split.images, options.batch_size, shared=options.shared)
     rows = labelled_rows(logits, split.labels)
     yield "accuracy", accuracy(*rows)
     yield "cross_entropy", cross_entropy(*rows)

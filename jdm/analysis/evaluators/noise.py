@@ -27,10 +27,8 @@ def noise(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tu
 
 def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Curve]]:
     levels = np.unique(np.linspace(0, joint.diffusion.steps - 1, LEVELS).round().astype(int))
-    found = [
-        accuracy(*labelled_logits(joint, split, options.batch_size, int(t), options.seed))
-        for t in levels
-    ]
+    size, seed, shared = options.batch_size, options.seed, options.shared
+    found = [accuracy(*labelled_logits(joint, split, size, int(t), seed, shared)) for t in levels]
     yield "accuracy_by_t", Curve("t", "accuracy", levels.tolist(), {"accuracy": found})
 
 

@@ -70,7 +70,9 @@ def _values(
 
     if joint.has_classifier:
         logits = [
-            image_logits(joint, images, options.batch_size).astype(np.float64)
+            image_logits(joint, images, options.batch_size, shared=options.shared).astype(
+                np.float64
+            )
             for images in (split.images, other.images)
         ]
         for score in (max_probability, energy):
