@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from jdm.errors import NO_VALUE, InvalidValue, first_ten
+from jdm.errors import NO_VALUE, Failure, InvalidValue, first_ten
 from jdm.messages import STDOUT, alert, say
 
 LINE = 2**20  # bytes
 SHOWN = 2000  # characters that are shown of another process's text
+ENDED = "has ended; its own output says why"
 EVERY = 5.0  # seconds between two lines of a process that waits
 
 Facts = Mapping[str, Any]  # what all processes of a run must have in common; ready for JSON
@@ -148,7 +149,7 @@ class Links:
 
     def compare(self, facts: Facts, what: str) -> None:
         """Compares further facts, see `meet`. what: the facts, in the sentence about a process that
-        does not send any."""
+        does not send any. Raises Failure, too, where process 0 ends instead."""
         facts = json.loads(json.dumps({"processes": self.count, **facts}))
         deadline = time.monotonic() + self.timeout
         if self.index:
@@ -163,7 +164,11 @@ class Links:
         said: Said | None = None
         for index, link in self._links.items():
             try:
-                found[index] = _object(link.receive(deadline).get("facts"))
+                message = link.receive(deadline)
+                if "said" in message:
+                    said = said or (link.name, ENDED)
+                else:
+                    found[index] = _object(message.get("facts"))
             except TimeoutError:
                 said = said or (link.name, f"has not sent {what} within {self.timeout:g} s")
             except OSError as error:
@@ -202,7 +207,7 @@ class Links:
                 if message is None and not gone:
                     continue
                 if message is None:
-                    message = {"said": f"{link.name} has ended; its own output says why"}
+                    message = {"said": f"{link.name} {ENDED}"}
                 watching.unregister(link.socket)
                 if message.get("done") is not True:
                     said, status = plain(message.get("said", "")), message.get("status")
@@ -262,7 +267,10 @@ class Links:
             refuse(said)
 
     def _obey(self, answer: dict[str, Any]) -> None:
-        """Another process: raises the verdict, where it is not None."""
+        """Another process: raises the verdict, where it is not None, or Failure where process 0 has
+        ended instead."""
+        if "said" in answer:
+            raise Failure(plain(answer["said"]))
         if (said := answer["verdict"] if "verdict" in answer else ("?", "?")) is not None:
             if not (isinstance(said, list) and len(said) == 2):
                 raise BadMessage("its answer is no verdict")

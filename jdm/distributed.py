@@ -203,6 +203,8 @@ class _Run:
         # With links, those tell first, in one sentence; JAX notices a process that hangs, too.
         limits["heartbeat_timeout_seconds"] = max(10, seconds + (10 if self.links else 0))
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # It takes SIGTERM for a notice, which nothing here reads yet: the process would not end.
+        jax.config.update("jax_enable_preemption_service", False)
         self._started = True
         try:
             jax.distributed.initialize(**given, **limits)
@@ -291,7 +293,10 @@ def _devices() -> str:
     """ "2 × cpu": the devices of this process."""
     import jax
 
-    devices = jax.local_devices()
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        raise Failure(f"JAX cannot start its devices: {str(error).splitlines()[0]}") from error
     return f"{len(devices)} × {devices[0].device_kind}"
 
 
