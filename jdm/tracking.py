@@ -4,12 +4,13 @@ Owns the files of metrics in a work folder. Computes no metrics.
 """
 
 import contextlib
+import contextvars
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ from jdm.messages import STDERR, STDOUT, say
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
 EVAL = "eval/"  # how the names of an evaluation's metrics begin
+
+Watcher = Callable[[str, int, int], None]  # (label, done, total)
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Lets a function follow every Progress of this thread. What it raises ends the work, which is
+    how a job is cancelled."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -43,6 +58,8 @@ class Progress(contextlib.AbstractContextManager):
     def advance(self, count: int = 1) -> None:
         """Counts `count` more as done."""
         self._done += count
+        if watcher := _watcher.get():
+            watcher(self._label, self._done, self._total)
         self._bar.update(count)
         now = time.monotonic()
         if self._bar.disable and now - self._printed >= self._every:
