@@ -47,6 +47,7 @@ from jdm.sampling.request import check_request
 # noise replaces it.
 DEFAULTS: dict[str, Any] = dict(sampler="ddim", steps=20, guidance="pixel")
 BATCH = 64  # images in one forward pass of a classifier
+_kept: dict[tuple[str, str], Novelty] = {}  # of the last model, see _novelty_of
 NOVEL = 99.0  # percentile of the training images, above which an image is unlike them
 
 Reference = Callable[[UInt8[np.ndarray, "n h w c"]], np.ndarray]
@@ -300,16 +301,28 @@ def _training(joint: Joint) -> Split:
 
 def _novelty(joint: Joint, images: np.ndarray, training: Any) -> Float[np.ndarray, " n"] | None:
     """The percentile of each image's distance to the training images, among their own."""
-    if training is None:
-        try:
-            training = _training(joint).images
-        except (Failure, InvalidValue) as error:
-            warnings.warn(
-                f"images are not compared with the training images: {error}", stacklevel=4
-            )
-            return None
-    novelty = Novelty.fit(joint, _pixels(check_images(joint, training)))
+    try:
+        novelty = _novelty_of(joint, training)
+    except (Failure, InvalidValue) as error:
+        if training is not None:
+            raise
+        text = f"images are not compared with the training images: {error}"
+        warnings.warn(text, stacklevel=4)
+        return None
     return novelty.percentiles(novelty.distances(images))
+
+
+def _novelty_of(joint: Joint, training: Any) -> Novelty:
+    """That of given training images, or of those that the model was trained on, which is kept for
+    the next call with the same weights."""
+    if training is not None:
+        return Novelty.fit(joint, _pixels(check_images(joint, training)))
+    key = (joint.digest, joint.config.data.to_json())
+    if key not in _kept:
+        novelty = Novelty.fit(joint, _pixels(check_images(joint, _training(joint).images)))
+        _kept.clear()
+        _kept[key] = novelty
+    return _kept[key]
 
 
 def _feature_distance(joint: Joint, a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, " n"]:
