@@ -25,8 +25,8 @@ def _wrong(allowed: str, parameter: str = "labels", hint: str = "") -> InvalidVa
     return InvalidValue(parameter, NO_VALUE, allowed, hint)
 
 
-def parse_numbers(parameter: str, text: str) -> list[int]:
-    """[0, 1, 2, 3, 9] of "0-3,9". Raises InvalidValue."""
+def parse_numbers(parameter: str, text: str, most: int | None = None) -> list[int]:
+    """[0, 1, 2, 3, 9] of "0-3,9". most: how many are allowed. Raises InvalidValue."""
     found: list[int] = []
     for part in text.split(","):
         if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)):
@@ -38,6 +38,8 @@ def parse_numbers(parameter: str, text: str) -> list[int]:
             raise InvalidValue(parameter, text, allowed)
         if last >= 2**32:  # refused before the list would fill the memory
             raise InvalidValue(parameter, text, f"has {last}; it must be below 2**32")
+        if most is not None and len(found) + last - first >= most:
+            raise InvalidValue(parameter, text, f"has too many numbers; at most {most} are allowed")
         found += range(first, last + 1)
     return found
 
