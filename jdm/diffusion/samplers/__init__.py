@@ -7,6 +7,7 @@ original diffusion, so that the network sees only values of t that it was traine
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -75,10 +76,37 @@ def reverse(
 
     Raises AssertionError where eps_fn returns another shape than that of x.
     """
-    sampler, threshold = SAMPLERS[method.sampler], THRESHOLDS[method.threshold]
-    steps = sampler.make(diffusion, method)
+    init, visit = visitor(eps_fn, diffusion, x, keys, method)
 
     def body(carry, inputs):
+        (x_s, memory), x0 = visit(carry, inputs)
+        if replace is not None:
+            t, _, _, at_s, _ = inputs
+            x_s = replace(carry[0], jnp.full(x.shape[:1], t), x_s, at_s)
+        return (x_s, memory), x0 if trajectory else None
+
+    schedule = visits(diffusion, times, SAMPLERS[method.sampler].evaluations)
+    (x, _), estimates = jax.lax.scan(body, init, schedule)
+    if not trajectory:
+        return x, None
+    estimates = estimates[~schedule[-1]]
+    return estimates[-1], estimates  # x but for rounding: XLA may compute the two separately
+
+
+def visitor(
+    eps_fn: EpsFn, diffusion: Diffusion, x: Images, keys: Key[Array, " b"], method: Method
+) -> tuple[Any, Callable[[Any, Any], tuple[Any, Images]]]:
+    """(the first carry, visit): the steps of `reverse`, one at a time.
+
+    x, keys, method: see `reverse`. A carry is (x_t, the sampler's memory). visit: (carry, one entry
+    of each array of `visits`) -> (carry, the estimate of x_0 at x_t).
+    """
+    steps, threshold = (
+        SAMPLERS[method.sampler].make(diffusion, method),
+        THRESHOLDS[method.threshold],
+    )
+
+    def visit(carry, inputs):
         x, memory = carry
         time, at_r, at_t, at_s, predicted = inputs
         t = jnp.full(x.shape[:1], time)
@@ -89,22 +117,15 @@ def reverse(
             x0 = threshold(x0)
             estimate = estimate._replace(eps=diffusion.eps_from_x0(x, t, x0))
         draw = functools.partial(image_noise, keys, time, x.shape[1:])
-        visit = Visit(t, at_r, at_t, at_s, predicted)
-        memory, x_s = steps.step(memory, x, x0, estimate, visit, draw)
+        seen = Visit(t, at_r, at_t, at_s, predicted)
+        memory, x_s = steps.step(memory, x, x0, estimate, seen, draw)
         # For every sampler, the step to the clean image returns the estimate of x_0.
-        x_s = jnp.where((at_s.variance > 0) | predicted, x_s, x0)
-        x_s = x_s if replace is None else replace(x, t, x_s, at_s)
-        return (x_s, memory), x0 if trajectory else None
+        return (jnp.where((at_s.variance > 0) | predicted, x_s, x0), memory), x0
 
-    visits = _visits(diffusion, times, sampler.evaluations)
-    (x, _), estimates = jax.lax.scan(body, (x, steps.init(x)), visits)
-    if not trajectory:
-        return x, None
-    estimates = estimates[~visits[-1]]
-    return estimates[-1], estimates  # x but for rounding: XLA may compute the two separately
+    return (x, steps.init(x)), visit
 
 
-def _visits(diffusion: Diffusion, times: AnyTimesteps, evaluations: int):
+def visits(diffusion: Diffusion, times: AnyTimesteps, evaluations: int) -> tuple:
     """The fields of every Visit in order, as arrays. With two evaluations a step, all timesteps but
     the first are visited twice: at the predictor's x, then at the corrected x."""
     times = jnp.asarray(times)
