@@ -22,6 +22,7 @@ EXTRAS = {
     "prepare": "jdm data prepare of downloaded data sets",
     "fid": "--features=inception",
     "torch": "jdm convert",
+    "serve": "jdm serve",
     "test": "make test",
     "docs": "make docs",
 }
