@@ -14,6 +14,7 @@ from jdm.analysis.explain_options import OPTIONS as EXPLAIN
 from jdm.configs.base import KEYS
 from jdm.diffusion.method import OPTIONS
 from jdm.options import Option, table
+from jdm.serve.options import OPTIONS as SERVE
 
 FOLDER = Path(__file__).parent
 
@@ -44,6 +45,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "sampling.md": {"options": functools.partial(table, OPTIONS)},
     "explain.md": {"options": functools.partial(table, EXPLAIN)},
     "config.md": {name or "top": functools.partial(keys_table, name) for name in SECTIONS},
+    "serve.md": {"options": functools.partial(table, SERVE)},
 }
 
 
