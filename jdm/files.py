@@ -146,6 +146,8 @@ def local_path(parameter: str, path: str | os.PathLike) -> str:
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", given):
         scheme = url[1].lower()
         if scheme != "file":
+            if scheme == "hf":
+                refuse("is the address of a model; a local path is needed here")
             mounted = "a local path is needed, such as that of a bucket mounted as a folder"
             refuse(f"begins with {scheme}://, which is not supported yet", mounted)
         host, slash, rest = re.sub(r"^.{5}(//)?", "", given, count=1).partition("/")

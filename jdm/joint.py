@@ -10,6 +10,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -19,11 +20,11 @@ from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jdm import checkpoint
+from jdm import checkpoint, hub, model_file
 from jdm.config import config_from_dict, with_exec
 from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
-from jdm.errors import NO_VALUE, InvalidValue
+from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import local_path
 from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, make_model, weight_shapes
@@ -154,27 +155,34 @@ class Joint:
 
 @fixed_flags()
 def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) -> Joint:
-    """A trained model, from a work folder, one of its checkpoints, or the package.
+    """A trained model, from a work folder, one of its checkpoints, the package, or the hub.
 
-    path: a work folder, <work folder>/checkpoints/<step>, or the name of a packaged model
-    ("digits"; a work folder of that name is "./digits"). step: which checkpoint; None is the
-    newest, and "best" the one with the best value of config.checkpoint.best, which is also
+    path: a work folder, <work folder>/checkpoints/<step>, the name of a packaged model ("digits"; a
+    work folder of that name is "./digits"), or what `jdm push` has sent: hf://owner/name, with
+    @revision for another one than main, or a folder with these files. step: which checkpoint; None
+    is the newest, and "best" the one with the best value of config.checkpoint.best, which is also
     <work folder>/checkpoints/best. exec: values that replace those of the config's section exec,
     such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
     their checksums. The weights are replicated on all devices of this host, as float32 even where
     the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, and for a path that is not local,
-    see files.local_path.
+    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, for a path that is neither local
+    nor on the hub, see hub.model_path, and for a repository that does not exist or holds no model;
+    Failure where the hub cannot be reached, and where the files of a model are damaged.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
             f"{path!r} is the packaged model; the work folder of that name here is './{path}'",
             stacklevel=3,
         )
+    if at := hub.address("path", path):
+        folder = hub.fetch("path", at, model_file.NAMES, lambda file: _check_config(file, at))
+        return _of_files(folder, str(at), step, exec)
     packaged = PRETRAINED.get(path) if isinstance(path, str) else None
     workdir = epath.Path(packaged or local_path("path", path))
+    if model_file.is_model(workdir):
+        return _of_files(Path(workdir), str(workdir), step, exec)
     named = workdir.name == BEST or workdir.name.isdecimal()
     if workdir.parent.name == "checkpoints" and named and step is None:
         workdir, step = workdir.parent.parent, workdir.name
@@ -186,6 +194,28 @@ def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) ->
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     dataset = _data(workdir, step).get("dataset", {})
     return Joint(config, model, diffusion, weights, dataset, step)
+
+
+def _check_config(file: Path, at: hub.Address) -> None:
+    """Raises InvalidValue where the config.json of a repository is not one of jdm."""
+    try:
+        config_from_dict(model_file.read_config(file.parent))
+    except (Failure, InvalidValue) as error:
+        raise InvalidValue("path", str(at), f"is not a model of jdm: {error}") from None
+
+
+def _of_files(folder: Path, shown: str, step: int | str | None, exec: dict[str, Any]) -> Joint:
+    """The model in the files of `model_file`. shown: their folder or address, for errors."""
+    mesh = local_mesh()
+    config = with_exec(config_from_dict(model_file.read_config(folder)), **exec)
+    model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
+    stored = model_file.read(folder, abstract_weights(model, replicated(mesh)))
+    if step not in (None, stored.step):
+        raise InvalidValue("step", step, f"is not there: {shown} holds step {stored.step} alone")
+    joint = Joint(config, model, diffusion, stored.weights, stored.dataset, stored.step)
+    if joint.digest != stored.digest:
+        raise Failure(f"the weights of {shown} are damaged: they differ from their digest")
+    return joint
 
 
 def _step(workdir: epath.Path, step: int | str | None) -> int:

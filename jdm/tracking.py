@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jdm import notebook
 from jdm.files import write_whole
 from jdm.messages import STDERR, STDOUT, say
 
@@ -45,8 +46,13 @@ class Progress(contextlib.AbstractContextManager):
     """
 
     def __init__(self, total: int, label: str, unit: str, done: int = 0, every: float = 10.0):
-        shown = dict(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
-        self._bar = tqdm(**shown, file=STDERR, disable=not STDERR.isatty(), delay=2)
+        shown: dict[str, Any] = dict(total=total, initial=done, desc=label, unit=f" {unit}")
+        shown |= dict(dynamic_ncols=True, file=STDERR, disable=not STDERR.isatty(), delay=2)
+        self._bar: Any
+        if notebook.is_running():
+            self._bar = notebook.Bar(total, done, label, f" {unit}")
+        else:
+            self._bar = tqdm(**shown)
         self._label, self._unit, self._total = label, unit, total
         self._done = self._first = done
         self._started = self._printed = time.monotonic()
@@ -120,14 +126,16 @@ class MetricLog(contextlib.AbstractContextManager):
         self._file.close()
         self._events.close()
 
-    def write(self, step: int, images: int, metrics: dict[str, float | int]) -> None:
-        """Adds a row: step, images seen, seconds of training in all its runs, and the metrics."""
+    def write(self, step: int, images: int, metrics: dict[str, float | int]) -> dict[str, Any]:
+        """Adds a row, and returns it: step, images seen, seconds of training in all its runs, and
+        the metrics."""
         seconds = round(self._before + time.monotonic() - self._started, 3)
         row = {"step": step, "images": images, "seconds": seconds, **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+        return row
 
 
 def _summary_writer() -> type:

@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, read_json, write_whole
+from jdm.hub import model_path
 from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, replicated, to_global
 from jdm.messages import STDOUT, say
@@ -57,12 +58,15 @@ def train(
     dry_run: bool = False,
     other_data: bool = False,
     profile: str | os.PathLike | None = None,
+    on_row: Callable[[dict[str, Any]], Any] | None = None,
 ) -> None:
     """Trains a model, or resumes from the work folder's last checkpoint.
 
     dry_run: build and compile, print the memory needed, write nothing. other_data: resume even
     where the data has other images, labels or names of classes than the checkpoint says. profile: a
-    folder to which a trace of some steps is written, see `profiling.StepTrace`.
+    folder to which a trace of some steps is written, see `profiling.StepTrace`. on_row: called with
+    each row of metrics.jsonl when it was written, in place of printing it, such as
+    `notebook.Curves()`; what it raises ends the run.
 
     Raises InvalidValue for values of the config that do not fit together or differ from those of
     the work folder, and for other data; CheckpointError where saving fails, DataError where the
@@ -90,7 +94,7 @@ def train(
         made_folder("workdir", workdir)
     with only_job(workdir) if main else contextlib.nullcontext():
         check_shared(workdir)
-        _train(config, workdir, run, mesh, root, source, other_data, started, traces)
+        _train(config, workdir, run, mesh, root, source, other_data, started, traces, on_row)
 
 
 def _train(
@@ -103,6 +107,7 @@ def _train(
     other_data: bool,
     started: float,
     traces: Path | None,
+    on_row: Callable[[dict[str, Any]], Any] | None,
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
@@ -170,9 +175,11 @@ def _train(
                 row |= {f"eval/{name}": value for name, value in found.items()}
                 best = best and best.updated(done, found)
             ends = best is not None and best.ends(config.train.patience)
-            if log:
-                log.write(done, done * rows, row)
-            progress.say(shown(done, row, before))
+            written = log.write(done, done * rows, row) if log else None
+            if on_row and written:
+                on_row(written)
+            else:
+                progress.say(shown(done, row, before))
             before = row if evaluates else before
             if saves or ends or (best and best.step == done):
                 # Everything that the next step depends on, and the next evaluation.
@@ -349,13 +356,15 @@ def warm_source(config: ConfigDict, run: Run) -> Joint | None:
     path = config.train.init_from
     if not path:
         return None
-    found = local_path("config.train.init_from", path)
+    found = model_path("config.train.init_from", path)
     try:
         joint = load(found)
         new_arrays(run.state.ema, joint.weights)
     except checkpoint.CheckpointError as error:
         raise InvalidValue("config.train.init_from", path, f"cannot be loaded: {error}") from error
     except InvalidValue as error:
+        if error.parameter == "path":  # a repository of the hub that is not there
+            raise error.about("config.train.init_from") from None
         raise InvalidValue(error.parameter, path, error.allowed) from error
     return joint
 

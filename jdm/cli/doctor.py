@@ -23,6 +23,7 @@ EXTRAS = {
     "fid": "--features=inception",
     "torch": "jdm convert",
     "serve": "jdm serve",
+    "hub": "hf://owner/name and jdm push",
     "test": "make test",
     "docs": "make docs",
 }

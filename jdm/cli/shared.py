@@ -8,12 +8,16 @@ from jdm import distributed
 from jdm.config import config_names
 from jdm.errors import InvalidValue
 from jdm.files import local_path
+from jdm.hub import model_path
 from jdm.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from jdm.joint import Joint
 
-CHECKPOINT = f"a work folder, one of its checkpoints, or a packaged model: {', '.join(PRETRAINED)}"
+CHECKPOINT = (
+    "a work folder, one of its checkpoints, hf://owner/name[@revision], or a packaged model: "
+    f"{', '.join(PRETRAINED)}"
+)
 
 
 def add_data_dir(command: argparse.ArgumentParser) -> None:
@@ -81,10 +85,14 @@ def load_joint(flag: str, path: str) -> "Joint":
     from jdm.checkpoint import CheckpointError
     from jdm.joint import load
 
-    found = local_path(flag, path)
+    found = model_path(flag, path)
     try:
         return load(found)
-    except (CheckpointError, InvalidValue) as error:
+    except InvalidValue as error:
+        if error.parameter == "path":  # a repository that is not there
+            raise error.about(flag) from None
+        raise InvalidValue(flag, path, f"cannot be loaded: {error}") from error
+    except CheckpointError as error:
         raise InvalidValue(flag, path, f"cannot be loaded: {error}") from error
 
 

@@ -107,7 +107,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         patience=_resumable(
             0, "evaluations without a better checkpoint.best, then the run ends", NOT_NEGATIVE
         ),
-        init_from=Option("", 'a work folder, or "digits": initial weights, where they fit'),
+        init_from=Option(
+            "", 'a work folder, hf://owner/name, or "digits": initial weights, where they fit'
+        ),
     ),
     exec=dict(
         dtype=_resumable("float32", "of the computation; weights are float32", names=names.DTYPES),
