@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 from jdm.errors import Failure, InvalidValue
 from jdm.files import local_path
 
+MAIN = "main"  # the branch of an address that names no revision
 LIBRARY = "jdm"  # by which a repository says what can load it
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _ADDRESS = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
@@ -33,7 +34,7 @@ class Address(NamedTuple):
     revision: str
 
     def __str__(self) -> str:
-        return f"hf://{self.repository}@{self.revision}"
+        return f"hf://{self.repository}" + f"@{self.revision}" * (self.revision != MAIN)
 
 
 def address(parameter: str, path: str | os.PathLike) -> Address | None:
@@ -47,7 +48,7 @@ def address(parameter: str, path: str | os.PathLike) -> Address | None:
     if not (found := _ADDRESS.fullmatch(given[scheme.end() :])):
         allowed = "is not the address of a model: hf://owner/name or hf://owner/name@revision"
         raise InvalidValue(parameter, given, allowed)
-    return Address(found[1], found[2] or "main")
+    return Address(found[1], found[2] or MAIN)
 
 
 def model_path(parameter: str, path: str | os.PathLike) -> str:
@@ -144,7 +145,9 @@ def _one_sentence(parameter: str, at: Address, file: str = "") -> Iterator[None]
     except errors.RevisionNotFoundError:
         _refuse(parameter, at, f"has no branch, tag or commit {at.revision!r}")
     except errors.LocalEntryNotFoundError as error:
-        raise Failure(f"{at} is not in the cache, and {_unreachable()}") from error
+        strange = isinstance(error.__cause__, errors.FileMetadataError)
+        why = f"{_server()} does not answer as a hub of models" if strange else _unreachable()
+        raise Failure(f"{at} is not in the cache, and {why}") from error
     except errors.EntryNotFoundError:
         _refuse(parameter, at, f"is not a model of jdm: it has no {file}")
     except errors.HfHubHTTPError as error:
@@ -152,8 +155,6 @@ def _one_sentence(parameter: str, at: Address, file: str = "") -> Iterator[None]
         if status in (401, 403):
             _refuse(parameter, at, f"may not be used with this token (HTTP status {status})")
         raise Failure(f"{_server()} could not answer for {at}: {_cause(error)}") from error
-    except errors.FileMetadataError as error:
-        raise Failure(f"{_server()} does not answer as a hub of models: {_cause(error)}") from error
     except (errors.HTTPError, ConnectionError) as error:
         raise Failure(f"{at}: {_unreachable()} ({_cause(error)})") from error
     except ValueError as error:  # a name or a card that the library or the server refuses

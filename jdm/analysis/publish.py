@@ -23,7 +23,7 @@ from jdm.names import FOLDER, SPLITS
 from jdm.pretrained import PRETRAINED
 
 SHOWN = 20  # names of classes in a card
-# What a task is called on the hub. The evaluators of the last two columns measure its images.
+# What the hub calls the tasks, and the evaluators that measure the second one.
 CLASSIFICATION, GENERATION = "image-classification", "unconditional-image-generation"
 TASKS = {"likelihood": GENERATION, "generation": GENERATION}
 
@@ -62,7 +62,7 @@ def public_report(report: Report, at: Address) -> Report:
         name: without_path(value) if isinstance(value, str) else value
         for name, value in report.protocol.items()
     }
-    return Report(protocol | {"checkpoint": f"hf://{at.repository}"}, report.results)
+    return Report(protocol | {"checkpoint": str(at)}, report.results)
 
 
 def check_report(joint: Joint, report: Report, path: str) -> None:
@@ -83,15 +83,14 @@ def card(joint: Joint, at: Address, report: Report | None, license: str | None) 
     does = " and ".join(
         ["generates images"] * joint.has_diffusion + ["classifies them"] * joint.has_classifier
     )
-    revision = "" if at.revision == "main" else f"@{at.revision}"
     lines = [
         f"---\n{header(joint, name, report, license)}\n---",
         f"# {name}",
         f"A joint diffusion model: one network that {does}. Images of {shape} pixels, "
-        f"{model.num_classes} {kind}. It was trained with jdm {_version(joint)}.",
+        f"{model.num_classes} {kind}. Published with jdm {jdm.__version__}.",
         "## Use",
         "```\npip install 'jdm[hub]'\n```",
-        _use(joint, f"hf://{at.repository}{revision}"),
+        _use(joint, str(at)),
         "## Model",
         *_table([["", ""], *_facts(joint)]),
         "## Data",
@@ -138,10 +137,6 @@ def header(joint: Joint, name: str, report: Report | None, license: str | None) 
         eval_results=results or None,
     )
     return data.to_yaml()
-
-
-def _version(joint: Joint) -> str:
-    return jdm.__version__
 
 
 def _use(joint: Joint, address: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jdm import startup
 from jdm.cli.shared import CHECKPOINT, load_joint
 from jdm.errors import InvalidValue
-from jdm.hub import Address, address, check_token, push
+from jdm.hub import address, check_token, push
 from jdm.messages import STDOUT, say
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"sending {', '.join(sorted(files))} ({size:.1f} MiB) to {at}")
     why = f"Step {joint.step} of a jdm model, weights {joint.digest}"
     commit = push("to", at, files, arguments.private, why)
-    say(f"sent {commit}; jdm.load({_short(at)!r}) reads it", STDOUT)
+    say(f"sent {commit}; jdm.load({str(at)!r}) reads it", STDOUT)
 
 
 def _report(joint: "Joint", arguments: argparse.Namespace) -> "Report | None":
@@ -82,7 +82,3 @@ def _work_folder(path: str) -> Path:
 
     found = Path(model_path("checkpoint", path))
     return found.parent.parent if found.parent.name == "checkpoints" else found
-
-
-def _short(at: Address) -> str:
-    return f"hf://{at.repository}" if at.revision == "main" else str(at)

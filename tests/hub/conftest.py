@@ -8,6 +8,7 @@ of the model card. The library is the real one, with its own setting of the serv
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import threading
@@ -193,12 +194,13 @@ def resolve(handler, hub, body, repo, revision, path):
     headers = {"X-Repo-Commit": sha, "ETag": f'"{oid[:40]}"'}
     if oid not in hub.large:
         return 200, headers, content
-    where = f"http://{handler.headers['Host']}/large/{oid}"
+    where = f"http://localhost:{handler.server.server_port}/large/{oid}"  # another host
     linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content)), "Location": where}
     return 302, headers | linked, b""
 
 
 def large(handler, hub, body, oid):
+    assert not handler.headers.get("Authorization")  # the token is for the hub alone
     return 200, {"ETag": f'"{oid}"'}, hub.large[oid]
 
 
@@ -217,26 +219,34 @@ ROUTES = {
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The hub that huggingface_hub talks to, in this process and in those it starts; and a cache
-    and a home of its own, without a token."""
+def settings(tmp_path):
+    """settings(NAME=value, ...): sets variables of the environment, from which huggingface_hub
+    reads its settings, here and in processes that are started. Its cache and home are new."""
     constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
     pytest.importorskip("safetensors", reason="needs the extra hub")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def change(**variables):
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            importlib.reload(constants)  # the library reads its environment when it is imported
+
+        patch.delenv("HF_TOKEN", raising=False)
+        home = str(tmp_path / "hf")
+        # The protocol of Xet is compiled into another library, and this server does not speak it.
+        change(HF_HOME=home, HF_HUB_CACHE=f"{home}/hub", HF_HUB_DISABLE_XET="1")
+        yield change
+    importlib.reload(constants)
+
+
+@pytest.fixture
+def hub(settings):
+    """The hub that huggingface_hub talks to."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.hub = Hub()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    home = tmp_path / "hf"
-    settings = {
-        "ENDPOINT": ("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}"),
-        "HF_HUB_CACHE": ("HF_HUB_CACHE", str(home / "hub")),
-        "HF_TOKEN_PATH": ("HF_TOKEN_PATH", str(home / "token")),
-        "HF_HUB_DISABLE_XET": ("HF_HUB_DISABLE_XET", "1"),
-    }
-    for name, (variable, value) in settings.items():  # the library reads its environment once
-        monkeypatch.setattr(constants, name, True if value == "1" else value)
-        monkeypatch.setenv(variable, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    settings(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
     yield server.hub
     server.shutdown()
     server.server_close()
