@@ -73,14 +73,36 @@ def fetch(parameter: str, at: Address, names: Sequence[str], check: Callable[[Pa
     """
     download = _import("huggingface_hub").hf_hub_download
     first, revision = None, at.revision
+    with _one_sentence(parameter, at, names[0]):
+        cached = not _answers(at, names[0])
     for name in names:
+        options = dict(revision=revision, library_name=LIBRARY, local_files_only=cached)
         with _one_sentence(parameter, at, name):
-            file = Path(download(at.repository, name, revision=revision, library_name=LIBRARY))
+            file = Path(download(at.repository, name, **options))
         if first is None:
             first, revision = file, file.parent.name  # the commit, by which the others are found
             check(file)
     assert first is not None
     return first.parent
+
+
+def _answers(at: Address, name: str) -> bool:
+    """Whether the server can be asked for a file. The library would find out as well, but only
+    after half a minute of trying again.
+
+    Raises an error of the library where the server answers that the file is not to be had.
+    """
+    hub, errors = _import("huggingface_hub"), _import("huggingface_hub.errors")
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(at.repository, name, revision=at.revision))
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+    except (errors.HTTPError, ConnectionError):  # the second where HF_HUB_OFFLINE is set
+        pass
+    else:
+        return True
+    return False
 
 
 def check_token(parameter: str, at: Address) -> None:

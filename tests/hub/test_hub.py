@@ -237,8 +237,10 @@ def test_private_is_kept(push, hub):
 def test_an_upload_that_breaks_off_leaves_nothing(push, hub, where):
     hub.broken = [where]
     done = push()
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 2 and not hub.commits
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    # Deprecations in libraries are warnings under pytest.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 2 and "hf://me/digits" in lines[1] and not hub.commits
 
 
 def test_a_licence_that_the_hub_does_not_know(push, hub):
