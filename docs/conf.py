@@ -40,8 +40,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # {caption: pages}. A page that another part of the project brings is listed where it exists.
 NAVIGATION = {
-    "Begin": "quickstart own-images notebooks serve hardware faq",
-    "Use": "sampling evaluation explain probe data augment convert config api",
+    "Begin": "quickstart own-images notebooks serve hardware scaling faq",
+    "Use": "sampling evaluation explain probe data augment convert hub config api",
     "Understand": "method results performance design extending",
 }
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jdm import distributed, startup, terminal
+from jdm import distributed, startup
 from jdm.cli.shared import (
     CHECKPOINT,
     add_processes,
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     startup.set_up()
     with distributed.joined(processes, same_flags(arguments)):
+        from jdm import terminal
         from jdm.sampling import generate, runs
         from jdm.sampling.request import check_request
         from jdm.sampling.samples import check_format

@@ -195,8 +195,9 @@ def test_no_network_and_no_library_are_one_sentence(run, settings, monkeypatch, 
         done = run(*argv)
         assert done.returncode == 1 and "cannot be reached" in done.stderr
         assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    done = run("sample", "--checkpoint=hf://me/x")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        done = run("sample", "--checkpoint=hf://me/x")
     assert done.returncode == 1
     assert done.stderr == "jdm sample: hf:// needs huggingface_hub: pip install 'jdm[hub]'\n"
 
