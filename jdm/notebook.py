@@ -18,7 +18,9 @@ INTERVAL = 0.3  # seconds between two changes of a bar
 COLOURS = {"train": "#1f5fbf", "eval": "#d6452b"}  # of the lines
 HIDDEN = {"images_per_second"}  # metrics without a curve
 COLUMNS = 4  # of the panels
-METER = "{desc}{n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed}, {remaining} left"
+
+Row = Mapping[str, float | int]
+Panel = dict[str, list[tuple[float | int, float | int]]]  # {"train" or "eval": [(step, value)]}
 
 
 def is_running() -> bool:
@@ -73,23 +75,21 @@ class Bar:
     def close(self) -> None:
         """Shows the last state, where the bar has appeared."""
         if self._output.visible:
-            self._show()
+            self._show(closed=True)
 
     def write(self, line: str, file: Any = None) -> None:
         """Prints a line below the bar."""
         print(line, flush=True)
 
-    def _show(self) -> None:
-        self._due = time.monotonic() + INTERVAL
-        text = tqdm.format_meter(
-            self._count,
-            self._total,
-            time.monotonic() - self._started,
-            prefix=self._desc,
-            unit=self._unit,
-            initial=self._initial,
-            bar_format=METER,
-        )
+    def _show(self, closed: bool = False) -> None:
+        now = time.monotonic()
+        self._due, elapsed = now + INTERVAL, now - self._started
+        rate = (self._count - self._initial) / max(elapsed, 1e-9)
+        left = (self._total - self._count) / max(rate, 1e-9)
+        times = [tqdm.format_interval(one) for one in (elapsed, left)]
+        ending = f"in {times[0]}" if closed else f"{times[0]}, {times[1]} left"
+        counts = f"{self._count:,} of {self._total:,} {self._unit}, {rate:.3g} {self._unit}/s"
+        text = f"{self._desc}: {counts}, {ending}"
         bar = f'<progress value="{self._count}" max="{self._total}" style="width: 18em"></progress>'
         shown = f'<div style="font-family: monospace">{bar} {html.escape(text)}</div>'
         self._output.show({"text/html": shown, "text/plain": text})
@@ -104,12 +104,12 @@ class Curves:
     Each metric has a panel, with its values of the training and of the evaluations.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, float]] = ()):
+    def __init__(self, rows: Iterable[Row] = ()):
         """rows: as in metrics.jsonl, see tracking.read_metrics."""
         self.rows = list(rows)
         self._output = Output()
 
-    def __call__(self, row: Mapping[str, float]) -> None:
+    def __call__(self, row: Row) -> None:
         """Adds a row, and draws the curves where a notebook is running."""
         self.rows.append(row)
         if is_running():
@@ -119,10 +119,10 @@ class Curves:
         last = f", the last at step {self.rows[-1]['step']}" if self.rows else ""
         return f"Curves of {len(self.rows)} rows{last}"
 
-    def panels(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
-        """{metric: {"train" or "eval": [(step, value)]}}, in the order in which they were logged;
-        the metrics of evaluations that have no value of the training come last."""
-        found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    def panels(self) -> dict[str, Panel]:
+        """{metric: its panel}, in the order in which they were logged; the metrics of evaluations
+        that have no value of the training come last."""
+        found: dict[str, Panel] = {}
         for row in self.rows:
             for name, value in row.items():
                 kind, slash, metric = name.partition("/")

@@ -50,7 +50,7 @@ class Progress(contextlib.AbstractContextManager):
         shown |= dict(dynamic_ncols=True, file=STDERR, disable=not STDERR.isatty(), delay=2)
         self._bar: Any
         if notebook.is_running():
-            self._bar = notebook.Bar(total, done, label, f" {unit}")
+            self._bar = notebook.Bar(total, done, label, unit)
         else:
             self._bar = tqdm(**shown)
         self._label, self._unit, self._total = label, unit, total

@@ -81,9 +81,13 @@ def run(book: Any, cwd: Path, kernel: str = "python3", install: bool = True) -> 
 
 
 def clean(book: Any) -> None:
-    """Removes what differs between two runs: times, and the versions of the kernel."""
+    """Removes what differs between two runs, times and the versions of the kernel, and the text
+    that stands for a picture where none can be shown."""
     for cell in book.cells:
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                output.data["text/plain"] = output.data["text/plain"].partition("(")[0]
     book.metadata.language_info = {"name": "python"}
     book.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
