@@ -17,7 +17,7 @@ from tqdm import tqdm
 INTERVAL = 0.3  # seconds between two changes of a bar
 COLOURS = {"train": "#1f5fbf", "eval": "#d6452b"}  # of the lines
 HIDDEN = {"images_per_second"}  # metrics without a curve
-COLUMNS = 4  # of the panels
+COLUMNS = 3  # of the panels
 
 Row = Mapping[str, float | int]
 Panel = dict[str, list[tuple[float | int, float | int]]]  # {"train" or "eval": [(step, value)]}

@@ -81,10 +81,12 @@ def run(book: Any, cwd: Path, kernel: str = "python3", install: bool = True) -> 
 
 
 def clean(book: Any) -> None:
-    """Removes what differs between two runs, times and the versions of the kernel, and the text
-    that stands for a picture where none can be shown."""
+    """Removes what differs between two runs, times and the versions of the kernel; what went to
+    stderr; and the text that stands for a picture where none can be shown."""
     for cell in book.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):
                 output.data["text/plain"] = output.data["text/plain"].partition("(")[0]

@@ -186,7 +186,7 @@ def test_only_named_files_are_fetched(hub, files, tmp_path):
     assert found == set(model_file.NAMES)
 
 
-def test_no_network_and_no_library_are_one_sentence(run, settings, monkeypatch, logged_in):
+def test_no_network_and_no_library_are_one_sentence(run, settings, logged_in):
     settings(HF_ENDPOINT=nobody())
     for argv in (
         ["sample", "--checkpoint=hf://me/x"],
@@ -195,8 +195,8 @@ def test_no_network_and_no_library_are_one_sentence(run, settings, monkeypatch, 
         done = run(*argv)
         assert done.returncode == 1 and "cannot be reached" in done.stderr
         assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
         done = run("sample", "--checkpoint=hf://me/x")
     assert done.returncode == 1
     assert done.stderr == "jdm sample: hf:// needs huggingface_hub: pip install 'jdm[hub]'\n"
