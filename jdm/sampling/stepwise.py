@@ -16,7 +16,7 @@ import numpy as np
 
 from jdm.diffusion.guidance import guide
 from jdm.diffusion.method import OPTIONS, Method, method_of
-from jdm.diffusion.process import float_to_pixels
+from jdm.diffusion.process import Estimate, float_to_pixels
 from jdm.diffusion.samplers import SAMPLERS, initial_noise, timesteps, visitor, visits
 from jdm.joint import Joint, abstract_weights, as_joint, image_shape, make_network, name_of
 from jdm.mesh import by_row, local_mesh, replicated
@@ -75,7 +75,7 @@ def _emerging(
     images = np.full((len(request.seeds), *joint.image_shape), UNSEEN, np.uint8)
     with fixed_flags():
         settings = request.settings(joint, model=path)
-        program = dataclasses.replace(method, steps=None, spacing="uniform")
+        program = dataclasses.replace(method, steps=1, spacing="uniform")  # of any times
         compiled = functools.partial(_compiled, joint.model, joint.diffusion, program, mesh)
         rows, step = programs.fitting(len(images), mesh, batch_size, compiled)
         weights, scale = jax.device_put(
@@ -139,7 +139,7 @@ def _start(model, diffusion, method, seeds):
     """The first carry of `visitor`."""
     keys = key_of(seeds)
     x = initial_noise(diffusion, keys, image_shape(model))
-    return visitor(lambda x, t: x, diffusion, x, keys, method)[0]
+    return visitor(lambda x, t: Estimate(x), diffusion, x, keys, method)[0]
 
 
 def _step(model, diffusion, method, weights, seeds, targets, scale, carry, visit):

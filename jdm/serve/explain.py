@@ -1,7 +1,8 @@
 """The tab Explain: what would have to change in a picture for another class."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import gradio as gr
 
@@ -11,30 +12,30 @@ from jdm.analysis.explain.figure import change_map
 from jdm.analysis.explain_options import OPTIONS
 from jdm.joint import Joint
 from jdm.sampling.labels import label_text, parse_numbers
-from jdm.serve import choices, show, uploads
+from jdm.serve import choices, pad, show, uploads
 from jdm.serve.jobs import followed, guarded
 from jdm.serve.options import ServeOptions
-from jdm.serve.pad import Pad, reader
 
 EMPTY = "Choose a picture and a target. Mark a region with the brush, and only that may change."
 FIRST = "Preparing. The first explanation compiles its programs, which can take minutes."
 MOST_DRAWS = 12
 
 
-def make(joint: Joint, options: ServeOptions):
+def make(joint: Joint, options: ServeOptions) -> Callable[..., Iterator[tuple[str, Any]]]:
     """The handler: (the value of a pad, target, attributes that are off, seed, draws, confidence)
     -> yields (status, the pictures), each HTML."""
 
     @guarded(outputs=2)
     def handler(
-        value: dict[str, str], choice, without, seed: str, draws: int, confidence: float
-    ) -> Iterator[tuple[str, str]]:
-        if not value["picture"]:
+        value: str | None, choice: Any, without: Any, seed: str, draws: int, confidence: float
+    ) -> Iterator[tuple[str, Any]]:
+        sent = pad.content_of(value)
+        if not sent["picture"]:
             yield show.status(EMPTY), ""
             return
         target = choices.target(joint, choice, without)
-        pixels = uploads.pixels_of(value["picture"], joint.image_shape, options)
-        region = uploads.region_of(value["region"], joint.image_shape, options)
+        pixels = uploads.pixels_of(sent["picture"], joint.image_shape, options)
+        region = uploads.region_of(sent["region"], joint.image_shape, options)
         job = functools.partial(
             jdm.explain,
             joint,
@@ -99,12 +100,14 @@ def _pictures(found: Explanations) -> str:
 
 
 def tab(joint: Joint, options: ServeOptions, examples: dict) -> None:
-    """Adds the contents of the tab. examples: of the Pad."""
+    """Adds the contents of the tab. examples: of the pad."""
     names = choices.class_names(joint)
     rows = [(name, k) for k, name in enumerate(names)]
+    target: gr.components.Component
+    without: gr.components.Component
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            pad = Pad(options=options, region=True, elem_id="explain-pad", **examples)
+            picture = pad.make(options=options, region=True, elem_id="explain-pad", **examples)
             if joint.model.multi_label:
                 target = gr.Dropdown(rows, label="Target: with", multiselect=True, value=[0])
                 without = gr.Dropdown(rows, label="Target: without", multiselect=True, value=[])
@@ -128,22 +131,22 @@ def tab(joint: Joint, options: ServeOptions, examples: dict) -> None:
         with gr.Column(scale=2, min_width=280):
             status = show.html_of(EMPTY, elem_id="explain-status")
             pictures = show.html_of(elem_id="explanation")
-    pad.send(
-        reader(joint.image_shape, options),
-        pad,
-        pad,
+    picture.send(
+        pad.reader(joint.image_shape, options),
+        picture,
+        picture,
         show_progress="hidden",
         concurrency_id="upload",
         api_visibility="private",
     )
     event = go.click(
         make(joint, options),
-        [pad, target, without, seed, tried, confidence],
+        [picture, target, without, seed, tried, confidence],
         [status, pictures],
         show_progress="hidden",
         concurrency_id="model",
         api_name="explain",
     )
     stopped = show.status("Stopped.")
-    quick = dict(queue=False, show_progress="hidden", api_visibility="private")
+    quick: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
     stop.click(lambda: stopped, None, status, cancels=[event], **quick)

@@ -4,8 +4,9 @@ import html
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -25,39 +26,40 @@ FORMATS = {"png": "image/png", "gif": "image/gif", "npz": "application/octet-str
 DOES = {"png": "Download the images", "gif": "as they emerged (GIF)", "npz": "as arrays (NPZ)"}
 
 
-def make(joint: Joint, options: ServeOptions):
+def make(joint: Joint, options: ServeOptions) -> Callable[..., Iterator[tuple[str, str, str]]]:
     """The handler: (class, attributes that are off, seeds, guidance, scale, sampler, steps) ->
     yields (status, images, downloads), each HTML."""
 
     @guarded(outputs=3)
     def generate(
-        choice, without, seeds: str, guidance: str, scale: float, sampler: str, steps: int
+        choice: Any, without: Any, seeds: str, guidance: str, scale: float, sampler: str, steps: int
     ) -> Iterator[tuple[str, str, str]]:
         numbers = parse_numbers("seeds", seeds.replace(" ", ""), options.images)
         labels = (
             choices.labels(joint, choice, without, len(numbers)) if guidance != "none" else None
         )
-        given = dict(
+        given: dict[str, Any] = dict(
             sampler=sampler, steps=int(steps), guidance=guidance if labels is not None else "none"
         )
         if labels is not None:
             given["scale"] = float(scale)
         steps_now = sample_stepwise(joint, labels=labels, seeds=numbers, **given)
         yield show.status(FIRST), "", ""
-        began, count, samples = time.monotonic(), 0, None
-        while True:
-            with MODEL:
-                found = next(steps_now, None)
-            if found is None:
-                break
-            samples, count = found, count + 1
-            if found.trajectory is None:
-                yield show.status(f"Step {count} of {given['steps']}"), _grid(found), ""
+        began, count = time.monotonic(), 1
+        samples = _next(steps_now)
+        while samples.trajectory is None:  # the last ones have it
+            yield show.status(f"Step {count} of {given['steps']}"), _grid(samples), ""
+            samples, count = _next(steps_now), count + 1
         took = f"{len(numbers)} images in {time.monotonic() - began:.1f} s"
         said = f"{took}. {_about(samples)}"
         yield show.status(said), _grid(samples), _downloads(samples) + _code(numbers, labels, given)
 
     return generate
+
+
+def _next(samples: Iterator[Samples]) -> Samples:
+    with MODEL:
+        return next(samples)
 
 
 def _about(samples: Samples) -> str:
@@ -86,7 +88,7 @@ def _downloads(samples: Samples) -> str:
     return f'<p class="jdm-downloads">{" ".join(links)}</p>'
 
 
-def _code(numbers: list[int], labels, given: dict) -> str:
+def _code(numbers: list[int], labels: Any, given: dict) -> str:
     """The call that makes these images."""
     shown = dict(seeds=numbers) | given
     if labels is not None:
@@ -104,6 +106,7 @@ def tab(joint: Joint, options: ServeOptions) -> None:
     guided = choices.default_guidance(joint)
     sampler, steps, scale = choices.defaults(joint, guided)
     names = choices.class_names(joint)
+    without: gr.components.Component
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             if joint.model.multi_label:
@@ -152,7 +155,7 @@ def tab(joint: Joint, options: ServeOptions) -> None:
                 show.html_of(),
             )
 
-    def defaults(name: str):
+    def defaults(name: str) -> tuple[str, int, gr.Slider]:
         sampler, steps, scale = choices.defaults(joint, name)
         return sampler, steps, gr.Slider(maximum=4 * scale or 1, value=scale)
 
@@ -161,7 +164,7 @@ def tab(joint: Joint, options: ServeOptions) -> None:
         first = secrets.randbelow(2**31)
         return f"{first}-{first + n - 1}"
 
-    quick = dict(queue=False, show_progress="hidden", api_visibility="private")
+    quick: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
     guidance.change(defaults, guidance, [algorithm, count, strength], **quick)
     other.click(lambda text: _or(seeds_again, text), seeds, seeds, **quick)
     inputs = [choice, without, seeds, guidance, strength, algorithm, count]
@@ -178,7 +181,7 @@ def tab(joint: Joint, options: ServeOptions) -> None:
     stop.click(lambda: stopped, None, status, cancels=[event], **quick)
 
 
-def _or(function, text: str) -> str:
+def _or(function: Callable[[str], str], text: str) -> str:
     """The result, or the text itself where it is not a list of seeds."""
     try:
         return function(text)

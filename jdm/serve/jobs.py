@@ -27,7 +27,8 @@ def followed(job: Callable[[], Any]) -> Iterator[tuple[int, int] | Any]:
 
     The job is cancelled at its next report of progress where the iterator is closed before.
     """
-    stop, news = threading.Event(), queue.SimpleQueue()
+    stop = threading.Event()
+    news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def report(label: str, done: int, total: int) -> None:
         if stop.is_set():

@@ -1,17 +1,18 @@
-"""Pad: where a picture is uploaded, photographed, pasted, drawn, or taken from examples.
+"""The pad: where a picture is uploaded, photographed, pasted, drawn, or taken from examples.
 
-A component of Gradio made of HTML and pad.js, in place of gr.Image and gr.ImageEditor: those write
+It is Gradio's HTML component with pad.js, in place of gr.Image and gr.ImageEditor: those write
 each upload to a file, and decode it before its size can be checked.
 """
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+from jaxtyping import UInt8
 
 from jdm.serve import show, uploads
 from jdm.serve.jobs import sentence_of
@@ -49,73 +50,68 @@ MODES
 EXAMPLES</div></div>"""
 
 
-class Pad(gr.HTML):
-    """Its value is {"picture", "region"}: data URLs, or "".
+def make(
+    *,
+    examples: UInt8[np.ndarray, "n h w c"],
+    names: Sequence[str],
+    background: str,
+    options: ServeOptions,
+    region: bool = False,
+    **settings: Any,
+) -> gr.HTML:
+    """A pad. Its value is JSON, which `content_of` reads.
 
-    examples: uint8 [N, H, W, C], with their names. background: of the empty picture, as in CSS.
-    region: whether a region can be marked too.
+    names: of the examples. background: of the empty picture, as in CSS. region: whether a region
+    can be marked too. settings: of the component.
     """
-
-    def __init__(
-        self,
-        value: Any = None,
-        *,
-        examples: np.ndarray,
-        names: Sequence[str],
-        background: str,
-        options: ServeOptions,
-        region: bool = False,
-        **settings: Any,
-    ):
-        buttons = [
-            f'<button type="button" aria-label="example: {html.escape(name)}" '
-            f'title="{html.escape(name)}"><img src="{show.picture(image)}" alt=""></button>'
-            for image, name in zip(examples, names, strict=True)
-        ]
-        template = _TEMPLATE
-        for word, text in {
-            "MODES": _MODES.replace("NAME", "jdm-brush") if region else "",
-            "COLOUR": _COLOURS[examples.shape[-1]],
-            "ABOUT": "The picture to explain" if region else "The picture to classify",
-            "EXAMPLES": "".join(buttons),
-        }.items():
-            template = template.replace(word, text)
-        # The template is one of JavaScript and of Handlebars.
-        for sign in "`{}$\\":
-            template = template.replace(sign, f"&#{ord(sign)};")
-        super().__init__(
-            value,
-            html_template=template,
-            apply_default_css=False,
-            js_on_load=(HERE / "pad.js").read_text(),
-            background=background,
-            region=region,
-            megabytes=options.megabytes,
-            **settings,
-        )
-
-    def preprocess(self, payload: str | None) -> dict[str, str]:
-        try:
-            found = json.loads(payload or "{}")
-        except ValueError:
-            found = {}
-        found = found if isinstance(found, dict) else {}
-        return {name: str(found.get(name) or "") for name in ("picture", "region", "sent")}
-
-    def postprocess(self, value: dict[str, str] | None) -> str:
-        return json.dumps(value or {})
+    buttons = [
+        f'<button type="button" aria-label="example: {html.escape(name)}" '
+        f'title="{html.escape(name)}"><img src="{show.picture(image)}" alt=""></button>'
+        for image, name in zip(examples, names, strict=True)
+    ]
+    template = _TEMPLATE
+    for word, text in {
+        "MODES": _MODES.replace("NAME", "jdm-brush") if region else "",
+        "COLOUR": _COLOURS[examples.shape[-1]],
+        "ABOUT": "The picture to explain" if region else "The picture to classify",
+        "EXAMPLES": "".join(buttons),
+    }.items():
+        template = template.replace(word, text)
+    # The template is one of JavaScript and of Handlebars.
+    for sign in "`{}$\\":
+        template = template.replace(sign, f"&#{ord(sign)};")
+    return gr.HTML(
+        "{}",
+        html_template=template,
+        apply_default_css=False,
+        js_on_load=(HERE / "pad.js").read_text(),
+        background=background,
+        region=region,
+        megabytes=options.megabytes,
+        **settings,
+    )
 
 
-def reader(shape: tuple[int, int, int], options: ServeOptions):
+def content_of(value: str | None) -> dict[str, str]:
+    """{"picture", "region", "sent"} of the value of a pad: data URLs, or ""."""
+    try:
+        found = json.loads(value or "{}")
+    except ValueError:
+        found = {}
+    found = found if isinstance(found, dict) else {}
+    return {name: str(found.get(name) or "") for name in ("picture", "region", "sent")}
+
+
+def reader(shape: tuple[int, int, int], options: ServeOptions) -> Callable[[str | None], str]:
     """The handler of the event "send": the value of a pad -> its value with what the model sees of
     the picture that was sent, or with a note that says why it is refused."""
 
-    def read(value: dict[str, str]) -> dict[str, str]:
+    def read(value: str | None) -> str:
         try:
-            pixels = uploads.pixels_of(value["sent"], shape, options)
+            pixels = uploads.pixels_of(content_of(value)["sent"], shape, options)
         except Exception as error:
-            return {"picture": "", "note": sentence_of(error)}
+            return json.dumps({"picture": "", "note": sentence_of(error)})
         note = f"The model sees {shape[1]} × {shape[0]} pixels of the middle square."
-        return {"picture": show.picture(pixels), "note": note}
+        return json.dumps({"picture": show.picture(pixels), "note": note})
 
     return read

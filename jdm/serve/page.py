@@ -22,7 +22,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 def examples_of(joint: Joint) -> dict:
-    """Pictures by the model, as a Pad takes them; compiles what the tabs need first."""
+    """Pictures by the model, as a pad takes them; compiles what the tabs need first."""
     count = min(EXAMPLES, joint.model.num_classes)
     if joint.model.multi_label:
         labels, names = None, [f"example {i + 1}" for i in range(count)]
