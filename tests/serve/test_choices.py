@@ -1,24 +1,26 @@
 """What can be chosen comes from the declarations, and leads to the labels of jdm.sample."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from jdm import names
+from jdm.config import load_config
 from jdm.diffusion.guidance import GUIDANCE
+from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
+from jdm.joint import Joint
+from jdm.nn.model import make_model
 from jdm.sampling.labels import parse_numbers
 from jdm.serve import choices
 
 
-def model(multi_label=False, has_classifier=True, class_names=("cat", "dog", "cow")):
-    return SimpleNamespace(
-        model=SimpleNamespace(num_classes=3, multi_label=multi_label),
-        class_names=class_names,
-        has_classifier=has_classifier,
-        diffusion=SimpleNamespace(steps=100),
-    )
+def model(multi_label=False, has_classifier=True, class_names=("cat", "dog", "cow")) -> Joint:
+    """A model of three classes without weights."""
+    config = load_config("tiny", ["--config.model.num_classes=3"])
+    config.model.multi_label = multi_label
+    config.loss.terms = ("diffusion", "classifier") if has_classifier else ("diffusion",)
+    network = make_model(config.model, config.exec)
+    return Joint(config, network, Diffusion(100), {}, {"class_names": class_names})
 
 
 def test_every_guidance_that_the_model_can_have_is_offered():
