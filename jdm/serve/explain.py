@@ -46,13 +46,11 @@ def make(joint: Joint, options: ServeOptions) -> Callable[..., Iterator[tuple[st
             draws=int(draws),
             confidence=float(confidence),
         )
-        yield show.status(FIRST), ""
+        yield show.status(FIRST, busy=True), ""
         for found in followed(job):
             if isinstance(found, tuple):
-                yield (
-                    show.status(f"Searching: strength {found[0]} of at most {found[1]}"),
-                    gr.skip(),
-                )
+                said = f"Searching: strength {found[0]} of at most {found[1]}"
+                yield show.status(said, busy=True), gr.skip()
             elif found is not None:
                 yield show.status(_said(found)), _pictures(found)
 
@@ -147,6 +145,5 @@ def tab(joint: Joint, options: ServeOptions, examples: dict) -> None:
         concurrency_id="model",
         api_name="explain",
     )
-    stopped = show.status("Stopped.")
     quick: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
-    stop.click(lambda: stopped, None, status, cancels=[event], **quick)
+    stop.click(show.stopped, status, status, cancels=[event], **quick)

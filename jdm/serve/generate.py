@@ -44,11 +44,12 @@ def make(joint: Joint, options: ServeOptions) -> Callable[..., Iterator[tuple[st
         if labels is not None:
             given["scale"] = float(scale)
         steps_now = sample_stepwise(joint, labels=labels, seeds=numbers, **given)
-        yield show.status(FIRST), "", ""
+        yield show.status(FIRST, busy=True), "", ""
         began, count = time.monotonic(), 1
         samples = _next(steps_now)
         while samples.trajectory is None:  # the last ones have it
-            yield show.status(f"Step {count} of {given['steps']}"), _grid(samples), ""
+            said = f"Step {count} of {given['steps']}"
+            yield show.status(said, busy=True), _grid(samples), ""
             samples, count = _next(steps_now), count + 1
         took = f"{len(numbers)} images in {time.monotonic() - began:.1f} s"
         said = f"{took}. {_about(samples)}"
@@ -177,8 +178,7 @@ def tab(joint: Joint, options: ServeOptions) -> None:
         concurrency_id="model",
         api_name="generate",
     )
-    stopped = show.status("Stopped.")
-    stop.click(lambda: stopped, None, status, cancels=[event], **quick)
+    stop.click(show.stopped, status, status, cancels=[event], **quick)
 
 
 def _or(function: Callable[[str], str], text: str) -> str:

@@ -27,8 +27,18 @@ def figure(image: UInt8[np.ndarray, "h w c"], alt: str, caption: str) -> str:
     return f'<figure><img src="{picture(image)}" alt="{html.escape(alt)}">{text}</figure>'
 
 
-def status(text: str) -> str:
-    return f'<p class="jdm-status" role="status">{html.escape(text)}</p>' if text else ""
+_BUSY = 'aria-busy="true"'
+
+
+def status(text: str, busy: bool = False) -> str:
+    """A line of status. busy: of work that has not ended."""
+    mark = f" {_BUSY}" if busy else ""
+    return f'<p class="jdm-status" role="status"{mark}>{html.escape(text)}</p>' if text else ""
+
+
+def stopped(shown: str | None) -> str:
+    """The line of status after the button Stop: work that had ended keeps its own."""
+    return status("Stopped.") if shown is None or _BUSY in shown else shown
 
 
 def html_of(text: str = "", **settings: Any) -> Any:

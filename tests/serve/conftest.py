@@ -114,7 +114,7 @@ def wait():
     return _wait
 
 
-def _wait(condition, seconds: float = 120):
+def _wait(condition, seconds: float = 60):
     """The first true result of a condition; fails where none comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
