@@ -208,6 +208,7 @@ def screenshots(arguments: argparse.Namespace) -> None:
             click("#explain-pad .pad-examples button:nth-child(6)")
             target = driver.find_element("css selector", "#target input")
             target.click()
+            target.send_keys(Keys.CONTROL, "a")
             target.send_keys("3" + Keys.ENTER)
             click("#explain")
             wait.until(lambda _: seen("#explain-status", "robability of"))

@@ -48,7 +48,8 @@ os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 # The files that take longest, in that order: they are started first, so that both workers end at
 # the same time, and `make check` leaves them out.
 SLOW = """
-test_parity test_cli test_digits_models test_trained test_sample test_runs test_trainer test_convert
+test_parity test_cli test_page test_digits_models test_trained test_sample test_runs test_trainer
+test_convert
 test_numerics test_trainer_best test_step test_bfloat16 test_editing test_samplers test_extending
 test_config test_model test_joint test_augment test_sampler_order test_guided_diffusion
 test_pretrained test_version_0 test_splits test_pipeline test_unet test_workdir
