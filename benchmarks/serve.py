@@ -32,8 +32,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TABS = ("generate", "classify", "explain", "about")
-WIDTHS = {"": (1100, 760), "-phone": (390, 844)}  # CSS pixels
+# (tab, width in CSS pixels) of each picture
+PICTURES = {
+    "serve-generate": ("generate", 1100),
+    "serve-classify": ("classify", 1100),
+    "serve-explain": ("explain", 1100),
+    "serve-generate-phone": ("generate", 390),
+}
 FLAGS = """
 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1
@@ -213,20 +218,19 @@ def screenshots(arguments: argparse.Namespace) -> None:
             click("#explain")
             wait.until(lambda _: seen("#explain-status", "robability of"))
             ActionChains(driver).send_keys(Keys.ESCAPE).perform()
-            for ending, (width, height) in WIDTHS.items():
-                for tab in TABS:
-                    size = dict(width=width, height=height, mobile=bool(ending))
-                    command = "Emulation.setDeviceMetricsOverride"
-                    driver.execute_cdp_cmd(command, {**size, "deviceScaleFactor": 1})
-                    open_tab(tab)
-                    driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
-                    whole = driver.execute_script("return document.body.scrollHeight")
-                    size["height"] = min(max(whole, 400), 1400)
-                    driver.execute_cdp_cmd(command, {**size, "deviceScaleFactor": 1})
-                    time.sleep(0.5)
-                    path = folder / f"serve-{tab}{ending}.png"
-                    path.write_bytes(driver.get_screenshot_as_png())
-                    print(f"wrote {path}")
+            for name, (tab, width) in PICTURES.items():
+                size = dict(width=width, height=760, mobile=width < 500, deviceScaleFactor=1)
+                command = "Emulation.setDeviceMetricsOverride"
+                driver.execute_cdp_cmd(command, size)
+                open_tab(tab)
+                driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+                whole = driver.execute_script("return document.body.scrollHeight")
+                size["height"] = min(max(whole, 400), 1400)
+                driver.execute_cdp_cmd(command, size)
+                time.sleep(0.5)
+                path = folder / f"{name}.png"
+                path.write_bytes(driver.get_screenshot_as_png())
+                print(f"wrote {path}")
         finally:
             driver.quit()
             process.terminate()

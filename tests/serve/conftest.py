@@ -1,7 +1,6 @@
 """One server and one browser for the tests of the page."""
 
 import io
-import os
 import re
 import shutil
 import signal
@@ -24,7 +23,7 @@ FLAGS = """
 """.split()
 
 
-def start(folder: Path, *flags: str) -> SimpleNamespace:
+def start(folder: Path, env: dict[str, str], *flags: str) -> SimpleNamespace:
     """jdm serve in an empty folder: its url, process, and folders."""
     cwd, temporary = folder / "cwd", folder / "tmp"
     cwd.mkdir()
@@ -32,7 +31,7 @@ def start(folder: Path, *flags: str) -> SimpleNamespace:
     jdm = Path(sys.executable).with_name("jdm")
     command = [jdm, "serve", "--checkpoint=digits", "--port=0", *flags]
     log = (folder / "log").open("w")
-    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    env = {**env, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=log, text=True
     )
@@ -78,9 +77,9 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, optimised):
     pytest.importorskip("gradio", reason="the page needs the extra serve")
-    running = start(tmp_path_factory.mktemp("serve"))
+    running = start(tmp_path_factory.mktemp("serve"), optimised)
     yield running
     if running.process.poll() is None:
         _stop(running)
