@@ -113,7 +113,7 @@ def wait():
     return _wait
 
 
-def _wait(condition, seconds: float = 60):
+def _wait(condition, seconds: float = 120):
     """The first true result of a condition; fails where none comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
