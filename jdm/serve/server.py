@@ -13,11 +13,13 @@ from typing import Any
 from jdm.errors import Failure, InvalidValue
 from jdm.joint import Joint
 from jdm.messages import STDOUT, say
+from jdm.serve.jobs import MODEL
 from jdm.serve.options import ServeOptions
 
 # Paths of Gradio that this page does not use: they write uploads to files, and fetch URLs.
 CLOSED = ("/upload", "/file=", "/file/", "/proxy=", "/stream", "/component_server", "/deep_link")
 PREFIX = "/gradio_api"
+PATIENCE = 30  # seconds that a computation may take to end when the server is ended
 # The browser asks no other server, whatever Gradio's pages name.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -151,6 +153,8 @@ def serve(joint: Joint, path: str, report: str | None, options: ServeOptions) ->
             say("the page is closed", STDOUT)
         finally:
             blocks.close(verbose=False)
+            # A thread that computes while Python ends would abort the process.
+            MODEL.acquire(timeout=PATIENCE)
 
 
 def launch(blocks: Any, options: ServeOptions) -> str:

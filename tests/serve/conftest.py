@@ -1,6 +1,7 @@
 """One server and one browser for the tests of the page."""
 
 import io
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ FLAGS = """
 """.split()
 
 
-def start(folder: Path, env: dict[str, str], *flags: str) -> SimpleNamespace:
+def start(folder: Path, *flags: str) -> SimpleNamespace:
     """jdm serve in an empty folder: its url, process, and folders."""
     cwd, temporary = folder / "cwd", folder / "tmp"
     cwd.mkdir()
@@ -31,7 +32,7 @@ def start(folder: Path, env: dict[str, str], *flags: str) -> SimpleNamespace:
     jdm = Path(sys.executable).with_name("jdm")
     command = [jdm, "serve", "--checkpoint=digits", "--port=0", *flags]
     log = (folder / "log").open("w")
-    env = {**env, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=log, text=True
     )
@@ -77,9 +78,9 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, optimised):
+def server(tmp_path_factory):
     pytest.importorskip("gradio", reason="the page needs the extra serve")
-    running = start(tmp_path_factory.mktemp("serve"), optimised)
+    running = start(tmp_path_factory.mktemp("serve"))
     yield running
     if running.process.poll() is None:
         _stop(running)
