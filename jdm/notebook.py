@@ -110,8 +110,9 @@ class Curves:
         self._output = Output()
 
     def __call__(self, row: Row) -> None:
-        """Adds a row, and draws the curves where a notebook is running."""
-        self.rows.append(row)
+        """Adds a row in place of those of later steps, of an interrupted run, and draws the curves
+        where a notebook is running."""
+        self.rows = [one for one in self.rows if one["step"] < row["step"]] + [row]
         if is_running():
             self._output.show({"image/png": self._repr_png_(), "text/plain": repr(self)})
 

@@ -75,9 +75,9 @@ def train(
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     if profile is not None and dry_run:
         raise InvalidValue("profile", str(profile), "does not go with dry_run, which runs no step")
+    mesh, root = make_mesh(), key_of(config.seed)  # first: it says where a platform is not there
     main = distributed.is_main()
     traces = new_folder("profile", profile, make=True) if profile is not None and main else None
-    mesh, root = make_mesh(), key_of(config.seed)
     check_main_guard(config.data.workers)
     run = prepare(config, mesh)
     for name in filter(None, (config.data.name, config.data.unlabelled, config.eval.ood)):

@@ -9,6 +9,7 @@ line SOURCE of the install cell, and in the badge that opens a notebook in Colab
 
 import argparse
 import configparser
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ def set_values(book: Any, values: Mapping[str, Any]) -> None:
         if len(cells) != 1:
             raise ValueError(f"{len(cells)} cells of the notebook set {name}")
         (cell,) = cells
-        cell.source, count = line.subn(lambda _, v=value, n=name: f"{n} = {v!r}", cell.source)
+        text = f"{name} = {json.dumps(value)}"  # with double quotes, as the formatter wants
+        cell.source, count = line.subn(lambda _, text=text: text, cell.source)
         if count != 1:
             raise ValueError(f"the notebook sets {name} {count} times")
 

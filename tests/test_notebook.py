@@ -55,6 +55,12 @@ def display(monkeypatch):
     return found
 
 
+def test_a_run_that_is_resumed_replaces_its_later_rows():
+    curves = notebook.Curves(ROWS)
+    curves({**ROWS[1], "train/loss": 9.0})
+    assert [row["step"] for row in curves.rows] == [1, 2] and curves.rows[-1]["train/loss"] == 9.0
+
+
 def test_every_row_replaces_the_curves(display):
     curves = notebook.Curves()
     for row in ROWS:
