@@ -163,8 +163,9 @@ const does = {
       return say("There is no camera that this page may use. A browser allows it on this machine and over https.");
     }
     video.srcObject = stream;
-    video.hidden = snap.hidden = false;
+    video.hidden = false;
     await video.play();
+    snap.hidden = false;  // there is a picture to take now
     snap.focus();
   },
   snap: () => {
