@@ -116,32 +116,6 @@ def test_what_was_generated_can_be_downloaded(page):
     assert Image.open(io.BytesIO(content["samples.gif"])).n_frames > 3
 
 
-def test_stop_ends_the_work(page, wait):
-    page.tab("Generate")
-    page.type("#seeds textarea, #seeds input", "0-3")
-    page.js("document.querySelectorAll('.label-wrap').forEach(e => e.offsetParent && e.click())")
-    steps = wait(lambda: [e for e in page.all("#steps input[type=number]") if e.is_displayed()])[0]
-    from selenium.webdriver.common.keys import Keys
-
-    steps.send_keys(Keys.CONTROL, "a")
-    steps.send_keys("250", Keys.TAB)
-    page.js(  # in the page, where the step cannot pass before the click
-        "const watch = new MutationObserver(() => {"
-        "if (![...document.querySelectorAll('.jdm-status')].some("
-        "e => e.offsetParent && e.textContent.includes('Step '))) return;"
-        "watch.disconnect(); document.querySelector('#generate-stop').click() });"
-        "watch.observe(document.body, {subtree: true, childList: true, characterData: true})"
-    )
-    page.one("#generate").click()
-    wait(lambda: "Stopped." in page.text(".jdm-status"))
-    before = page.js("return document.querySelector('#images').innerHTML")
-    assert "4 images in" not in page.text(".jdm-status")
-    page.tab("Classify")
-    page.all("#classify-pad .pad-examples button")[0].click()
-    wait(lambda: page.text("#probabilities .jdm-bars"))  # the model is free again
-    assert page.js("return document.querySelector('#images').innerHTML") == before
-
-
 def test_wrong_seeds_are_one_sentence(page, wait):
     page.tab("Generate")
     page.type("#seeds textarea, #seeds input", "<b>4-1</b>")
