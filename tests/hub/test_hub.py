@@ -18,7 +18,7 @@ from jdm import model_file
 from jdm.analysis import publish
 from jdm.analysis.report import Report, to_json
 from jdm.errors import Failure, InvalidValue
-from jdm.hub import address
+from jdm.hub import address, fetch
 
 JDM = Path(sys.executable).with_name("jdm")
 FILES = {"README.md", "config.json", "model.safetensors"}
@@ -184,6 +184,15 @@ def test_only_named_files_are_fetched(hub, files, tmp_path):
     assert not any("evil" in one or "modeling" in one for one in hub.asked)
     found = {path.name for path in (tmp_path / "hf" / "hub").rglob("snapshots/*/*")}
     assert found == set(model_file.NAMES)
+
+
+def test_all_files_are_of_one_commit(hub, files):
+    """Also where the branch moves on while they are fetched."""
+    hub.add("me/digits", files)
+    at = address("path", "hf://me/digits")
+    newer = {"model.safetensors": b"newer"}
+    found = fetch("path", at, model_file.NAMES, lambda _: hub.commit("me/digits", "main", newer))
+    assert (found / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_no_network_and_no_library_are_one_sentence(run, settings, logged_in):
