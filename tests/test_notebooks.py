@@ -40,6 +40,12 @@ def text(book) -> str:
     return "".join(one.get("text", "") for one in outputs)
 
 
+@pytest.fixture(autouse=True)
+def fast(optimised, monkeypatch):
+    """The kernels run programs for long enough that these are compiled for speed."""
+    monkeypatch.setenv("XLA_FLAGS", optimised["XLA_FLAGS"])
+
+
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
     """kernel(python) -> the name of a kernel of this interpreter."""
