@@ -13,7 +13,7 @@ from jdm.analysis.explain_options import OPTIONS
 from jdm.joint import Joint
 from jdm.sampling.labels import label_text, parse_numbers
 from jdm.serve import choices, pad, show, uploads
-from jdm.serve.jobs import followed, guarded
+from jdm.serve.jobs import connect, followed, guarded
 from jdm.serve.options import ServeOptions
 
 EMPTY = "Choose a picture and a target. Mark a region with the brush, and only that may change."
@@ -137,13 +137,5 @@ def tab(joint: Joint, options: ServeOptions, examples: dict) -> None:
         concurrency_id="upload",
         api_visibility="private",
     )
-    event = go.click(
-        make(joint, options),
-        [picture, target, without, seed, tried, confidence],
-        [status, pictures],
-        show_progress="hidden",
-        concurrency_id="model",
-        api_name="explain",
-    )
-    quick: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
-    stop.click(show.stopped, status, status, cancels=[event], **quick)
+    inputs = [picture, target, without, seed, tried, confidence]
+    connect([go.click], stop, make(joint, options), inputs, [status, pictures], "explain")

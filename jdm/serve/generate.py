@@ -17,7 +17,7 @@ from jdm.sampling.labels import label_text, parse_numbers
 from jdm.sampling.samples import Samples
 from jdm.sampling.stepwise import sample_stepwise
 from jdm.serve import choices, show
-from jdm.serve.jobs import MODEL, guarded
+from jdm.serve.jobs import MODEL, connect, guarded
 from jdm.serve.options import ServeOptions
 
 EMPTY = "The images are shown here while they are made."
@@ -169,16 +169,8 @@ def tab(joint: Joint, options: ServeOptions) -> None:
     guidance.change(defaults, guidance, [algorithm, count, strength], **quick)
     other.click(lambda text: _or(seeds_again, text), seeds, seeds, **quick)
     inputs = [choice, without, seeds, guidance, strength, algorithm, count]
-    event = gr.on(
-        [go.click, seeds.submit],
-        make(joint, options),
-        inputs,
-        [status, images, files],
-        show_progress="hidden",
-        concurrency_id="model",
-        api_name="generate",
-    )
-    stop.click(show.stopped, status, status, cancels=[event], **quick)
+    started_by = [go.click, seeds.submit]
+    connect(started_by, stop, make(joint, options), inputs, [status, images, files], "generate")
 
 
 def _or(function: Callable[[str], str], text: str) -> str:

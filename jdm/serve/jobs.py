@@ -3,17 +3,20 @@
 import contextvars
 import functools
 import html
+import json
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jdm.errors import Failure, InvalidValue
 from jdm.messages import say
+from jdm.serve import show
 from jdm.tracking import watched
 
 MODEL = threading.Lock()  # the model computes for one visitor at a time
+WAITING = "Waiting: the model computes for one visitor at a time."
 WAIT = 0.2  # seconds between looks at a job
 _SAID = InvalidValue, Failure, FloatingPointError, MemoryError
 
@@ -110,3 +113,40 @@ def guarded(outputs: int) -> Callable[[Callable], Callable]:
         return generator if inspect.isgeneratorfunction(handler) else function
 
     return decorate
+
+
+def connect(
+    start: Sequence[Any],
+    stop: Any,
+    handler: Callable,
+    inputs: Sequence,
+    outputs: Sequence,
+    name: str,
+) -> None:
+    """Connects a handler that computes with the model to what starts it and to the button Stop.
+
+    The first output is the line of status: it says at once that the work waits, and at its end that
+    it was stopped, if it was. The browser sets both. The server could not: Gradio finishes a
+    function of the button Stop before it cancels anything, and an update that is on its way by then
+    would replace what the function said.
+
+    start: the events, such as go.click. name: of the handler in the server's API.
+    """
+    import gradio
+
+    status = outputs[0]
+    quick: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
+    gradio.on(
+        start, None, None, status, js=f"() => {json.dumps(show.status(WAITING, True))}", **quick
+    )
+    event = gradio.on(
+        start,
+        handler,
+        inputs,
+        outputs,
+        show_progress="hidden",
+        concurrency_id="model",
+        api_name=name,
+    )
+    event.then(None, status, status, js=show.STOPPED_IF_BUSY, **quick)
+    stop.click(None, cancels=[event], **quick)

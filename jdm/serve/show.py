@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,9 +37,10 @@ def status(text: str, busy: bool = False) -> str:
     return f'<p class="jdm-status" role="status"{mark}>{html.escape(text)}</p>' if text else ""
 
 
-def stopped(shown: str | None) -> str:
-    """The line of status after the button Stop: work that had ended keeps its own."""
-    return status("Stopped.") if shown is None or _BUSY in shown else shown
+# JavaScript from the line of status of work that has ended, however it did, to the next line.
+STOPPED_IF_BUSY = (
+    f"shown => shown?.includes({json.dumps(_BUSY)}) ? {json.dumps(status('Stopped.'))} : shown"
+)
 
 
 def html_of(text: str = "", **settings: Any) -> Any:

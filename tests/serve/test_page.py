@@ -53,6 +53,10 @@ class Page:
             css,
         )
 
+    def sources(self, css):
+        """The addresses of pictures, displayed or not."""
+        return self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.src)", css)
+
     def pictures(self, css):
         """The pixels of the pictures that are displayed, [H, W, C] each."""
         found = []
@@ -114,6 +118,48 @@ def test_what_was_generated_can_be_downloaded(page):
     assert arrays["seeds"].tolist() == [5, 6, 7, 8]
     np.testing.assert_array_equal(arrays["arr_0"], np.stack(page.pictures("#images img")))
     assert Image.open(io.BytesIO(content["samples.gif"])).n_frames > 3
+
+
+def test_stop_ends_the_work(page, wait):
+    from selenium.webdriver.common.keys import Keys
+
+    page.tab("Generate")
+    page.type("#seeds textarea, #seeds input", "0-3")
+    page.js("document.querySelectorAll('.label-wrap:not(.open)').forEach(e => e.click())")
+    steps = page.one("#steps input[type=number]")
+    steps.send_keys(Keys.CONTROL, "a")
+    steps.send_keys("250", Keys.TAB)
+    page.js(  # in the page, where the step cannot pass before the click
+        "const watch = new MutationObserver(() => {"
+        "if (![...document.querySelectorAll('.jdm-status')].some("
+        "e => e.offsetParent && e.textContent.includes('Step '))) return;"
+        "watch.disconnect(); document.querySelector('#generate-stop').click() });"
+        "watch.observe(document.body, {subtree: true, childList: true, characterData: true})"
+    )
+    page.one("#generate").click()
+    wait(lambda: "Stopped." in page.text(".jdm-status"))
+    before = page.sources("#images img")
+    assert "4 images in" not in page.text(".jdm-status")
+    page.tab("Classify")
+    page.all("#classify-pad .pad-examples button")[0].click()
+    wait(lambda: page.text("#probabilities .jdm-bars"))  # the model is free again
+    assert page.sources("#images img") == before
+    page.tab("Generate")
+    assert "Stopped." in page.text(".jdm-status")  # no update that was on its way has replaced it
+
+
+def test_what_waits_for_its_turn_says_so_and_can_be_stopped(page, client, wait):
+    before = page.sources("#images img")
+    other = client.submit(3, "0-3", "none", 1, "ddim", 250, api_name="/generate")
+    page.tab("Generate")
+    wait(lambda: other.outputs())  # the model computes
+    page.one("#generate").click()
+    wait(lambda: "Waiting" in page.text(".jdm-status"))
+    page.one("#generate-stop").click()
+    wait(lambda: "Stopped." in page.text(".jdm-status"))
+    assert not other.done()
+    other.cancel()
+    assert page.sources("#images img") == before
 
 
 def test_wrong_seeds_are_one_sentence(page, wait):
