@@ -48,8 +48,8 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     startup.set_up()
     import jax
     import jax.numpy as jnp
-    from timing import products
 
+    from jdm.analysis.hlo import products
     from jdm.mesh import make_mesh, replicated, to_global
     from jdm.nn.model import weight_shapes
     from jdm.numerics import key_of

@@ -69,7 +69,7 @@ def use_compilation_cache() -> None:
     where they cannot be kept."""
     if not (where := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         try:
-            where = str(_cache_folder())
+            where = str(cache_folder("xla"))
         except OSError as error:
             say(f"compiled programs are not kept, unless in $JAX_COMPILATION_CACHE_DIR: {error}")
             os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -79,13 +79,14 @@ def use_compilation_cache() -> None:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", where)
 
 
-def _cache_folder() -> Path:
-    """The folder of compiled programs, which is made. Raises OSError where that is not possible."""
+def cache_folder(name: str) -> Path:
+    """A folder of what can be made again, such as xla, the compiled programs; it is made. Raises
+    OSError where that is not possible."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not folder.is_absolute():  # empty, or relative, which the standard says to ignore
         if (of_user := home()) is None:
             raise OSError("there is no home folder")
         folder = of_user / ".cache"
-    folder = folder / "jdm" / "xla"
+    folder = folder / "jdm" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

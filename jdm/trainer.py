@@ -41,7 +41,7 @@ from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress, shown
 from jdm.training.augment import POLICIES
 from jdm.training.best import Best
-from jdm.training.build import Run, build, learning_rate
+from jdm.training.build import Run, abstract_batch, build, learning_rate
 from jdm.training.step import TrainState
 from jdm.training.warm import new_arrays, warm_started
 
@@ -338,17 +338,6 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
     say(f"compiled in {time.monotonic() - started:.0f} s{needs}", STDOUT)
     return compiled
-
-
-def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """A global batch as shapes, dtypes and sharding."""
-    model, rows = config.model, config.data.batch_size
-    image = (rows, model.image_size, model.image_size, model.image_channels)
-    label = ((rows, model.num_classes), np.int8) if model.multi_label else ((rows,), np.int32)
-    return {
-        "image": jax.ShapeDtypeStruct(image, np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct(*label, sharding=sharding),
-    }
 
 
 def warm_source(config: ConfigDict, run: Run) -> Joint | None:

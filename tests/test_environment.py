@@ -42,10 +42,10 @@ def homeless(bare, monkeypatch):
 def test_an_empty_cache_folder_is_that_of_the_home(given, bare, monkeypatch):
     if given is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert startup._cache_folder() == bare / "home" / ".cache" / "jdm" / "xla"
+    assert startup.cache_folder("xla") == bare / "home" / ".cache" / "jdm" / "xla"
     assert not any((bare / "here").iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(bare / "cache"))
-    assert startup._cache_folder() == bare / "cache" / "jdm" / "xla"
+    assert startup.cache_folder("xla") == bare / "cache" / "jdm" / "xla"
 
 
 @pytest.mark.parametrize("given", ["", None])

@@ -19,7 +19,7 @@ from jdm.messages import STDOUT, alert, discard, nobody_reads, open_missing, say
 
 COMMANDS = (
     *("train", "sample", "eval", "compare", "probe", "explain"),
-    *("data list", "data prepare", "data show", "convert", "push", "serve", "doctor"),
+    *("data list", "data prepare", "data show", "convert", "plan", "push", "serve", "doctor"),
 )
 GROUPS = {"data": "Data sets: list, prepare or show."}
 

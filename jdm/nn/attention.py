@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jdm import names
+from jdm.target import platform
 
 Heads = Float[Array, "b p h d"]
 
@@ -120,7 +121,7 @@ def _joined(x: Float[Array, "bh ... d"], like: Heads) -> Heads:
 
 
 def auto(q: Heads, k: Heads, v: Heads) -> Heads:
-    large = jax.default_backend() == "cpu" and q.shape[1] >= LARGE
+    large = platform() == "cpu" and q.shape[1] >= LARGE
     return (chunked if large else xla)(q, k, v)
 
 

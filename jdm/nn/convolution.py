@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdm.target import platform
+
 Kernel = Float[Array, "size size c d"]
 Maps = Float[Array, "b h w c"]
 
@@ -35,7 +37,7 @@ def conv(x: Maps, kernel: Kernel, stride: int = 1) -> Float[Array, "b h2 w2 d"]:
     size, _, *channels = kernel.shape
     if size == stride == 1:
         return x @ kernel[0, 0]
-    if size == 3 and stride == 1 and min(channels) >= FEWEST and jax.default_backend() == "cpu":
+    if size == 3 and stride == 1 and min(channels) >= FEWEST and platform() == "cpu":
         return conv3x3(x, kernel)
     return xla(x, kernel, stride)
 

@@ -92,14 +92,19 @@ def likelihood(model: JointModel, weights, images, targets):
 
 
 @functools.cache
-def compile_sampler(
+def compile_sampler(*what: Any) -> jax.stages.Compiled:
+    """The compiled program of `trace_sampler`, which has the same arguments."""
+    return trace_sampler(*what).lower().compile()
+
+
+def trace_sampler(
     model: JointModel,
     classifier: JointModel | None,
     diffusion: Diffusion,
     recipe: Recipe,
     mesh: Mesh,
     rows: int,
-) -> jax.stages.Compiled:
+) -> jax.stages.Traced:
     """The sampling program for a batch of `rows` images, split over the mesh.
 
     ((weights, guidance classifier's weights), seeds, targets, scale, given) -> see `_sample`.
@@ -109,7 +114,7 @@ def compile_sampler(
     seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=by_row(mesh))
     given = None if recipe.start == "seed" else images
     inputs = (weights, seeds, targets, scale, given)
-    return _sample.lower(model, classifier, diffusion, recipe, *inputs).compile()
+    return _sample.trace(model, classifier, diffusion, recipe, *inputs)
 
 
 @functools.cache

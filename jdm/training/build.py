@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 from optax import GradientTransformation
@@ -18,6 +19,7 @@ from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.numerics import key_of
+from jdm.target import platform
 from jdm.training.loss import JointLoss
 from jdm.training.step import TrainState, init_state, train_step
 from jdm.training.t_sampler import T_SAMPLERS
@@ -123,7 +125,18 @@ def _build(config: FrozenConfigDict, state_sharding: jax.sharding.Sharding) -> R
     ema = dict(decay=config.train.ema_decay, warmup=config.train.ema_warmup)
     step = functools.partial(train_step, **parts, **ema, accumulate=config.exec.accumulate)
     # The init runs once. On a CPU, optimising its program takes longer than running it.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
     init_fn = jax.jit(init, out_shardings=state_sharding, compiler_options=options)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=state_sharding)
     return Run(model, diffusion, init_fn.eval_shape(key_of(0)), init_fn, step_fn)
+
+
+def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """A global batch as shapes, dtypes and sharding."""
+    model, rows = config.model, config.data.batch_size
+    image = (rows, model.image_size, model.image_size, model.image_channels)
+    label = ((rows, model.num_classes), np.int8) if model.multi_label else ((rows,), np.int32)
+    return {
+        "image": jax.ShapeDtypeStruct(image, np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(*label, sharding=sharding),
+    }

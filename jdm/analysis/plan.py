@@ -1,0 +1,283 @@
+"""What a training step and a guided sampling step would need on TPU chips that are not here.
+
+The programs are those of jdm.trainer and jdm.sample, compiled by libtpu for a slice of chips, which
+are described and need not exist (the topologies of jax.experimental). XLA's counts give what bounds
+a step: the operations over the chip's rate, or the bytes over its bandwidth. Such times are lower
+bounds, not measurements.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import jdm
+from jdm.analysis.hlo import collectives, largest_buffers, products
+from jdm.analysis.plan_options import CHIPS, Chip
+from jdm.config import config_to_dict
+from jdm.diffusion.guidance import chosen
+from jdm.diffusion.method import Method
+from jdm.errors import Failure, InvalidValue
+from jdm.files import read_json, write_whole
+from jdm.mesh import by_row, check_batch, make_mesh, replicated
+from jdm.messages import say
+from jdm.numerics import fixed_flags, key_of
+from jdm.sampling.programs import trace_sampler
+from jdm.sampling.request import Recipe
+from jdm.startup import cache_folder
+from jdm.target import compiling_for
+from jdm.training.build import abstract_batch, build
+
+SAID_EVERY = 30  # seconds between lines while a program is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step on each chip, as XLA counts it.
+
+    flops: all operations; products: those of matrix products and convolutions, counted in the
+    traced program. traffic: bytes to and from the chip's memory. memory: bytes that the program
+    holds there; collectives: {kind: bytes}. estimate: XLA's own seconds, where it has any. error:
+    the compiler's sentence where the program does not fit; all others are 0 then.
+    """
+
+    rows: int
+    flops: float = 0
+    products: float = 0
+    traffic: float = 0
+    memory: int = 0
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    buffers: tuple = ()
+    estimate: float | None = None
+    compiled_in: float = 0
+    error: str = ""
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """{what bounds a step: the seconds it takes at least}."""
+        return {
+            "compute": self.products / chip.flops,
+            "memory": self.traffic / chip.bandwidth,
+            "network": sum(_sent(k, size) for k, size in self.collectives.items()) / chip.network,
+        }
+
+
+def _sent(kind: str, size: int) -> int:
+    """Bytes that a chip sends in a collective whose result has this size, among many chips."""
+    return 2 * size if kind == "all-reduce" else size
+
+
+@fixed_flags()
+def plan(config: ConfigDict, topology: str, per_chip: int | None = None) -> dict[str, Step]:
+    """{"training step": …, "guided sampling step": …} on a slice such as "v5e:4x4".
+
+    per_chip: images of each chip in a step; None is config.data.batch_size over the chips. The
+    result is kept in the user's cache, for the same config, slice, and versions.
+
+    Raises InvalidValue for a slice that libtpu does not know, and a batch that does not divide;
+    Failure where libtpu is missing.
+    """
+    devices = devices_of(topology)
+    batch = config.data.batch_size if per_chip is None else per_chip * len(devices)
+    config = ConfigDict(config.to_dict())
+    config.data.batch_size = batch
+    mesh = make_mesh(devices)
+    parts = config.exec.accumulate
+    name = "config.data.batch_size" + " / config.exec.accumulate" * (parts > 1)
+    check_batch(batch // parts, mesh, name)
+    kept = _kept(config, topology)
+    if kept is not None and kept.exists():
+        return {name: Step(**step) for name, step in read_json(kept).items()}
+    with compiling_for("tpu"):
+        lowered = dict(_lowered(config, mesh))
+        steps = {
+            name: _compiled(program, f"{name} for {topology}", batch // len(devices), count)
+            for name, (program, count) in lowered.items()
+        }
+    if kept is not None:
+        write_whole(kept, json.dumps({k: dataclasses.asdict(s) for k, s in steps.items()}))
+    return steps
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a slice. Raises InvalidValue and Failure, see `plan`."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise Failure("compiling for a TPU needs libtpu: pip install 'jdm[plan]'")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # its type depends on what is wrong
+        said = re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0])
+        hint = "--topology=list shows common ones"
+        raise InvalidValue("topology", topology, f"is refused by libtpu: {said}", hint) from None
+
+
+def _lowered(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[str, tuple[Any, float]]]:
+    """The programs, lowered, each with the operations of its products on a chip."""
+    whole, key = replicated(mesh), key_of(0)
+    run = build(config, whole)
+    root = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    traced = run.step.trace(run.state, abstract_batch(config, by_row(mesh)), root)
+    yield "training step", (traced.lower(), products(traced.jaxpr.jaxpr) / mesh.size)
+    terms = config.loss.terms
+    if "diffusion" in terms and "classifier" in terms:
+        method = chosen(dataclasses.replace(Method(), steps=1), labelled=True)
+        rows = config.data.batch_size
+        traced = trace_sampler(run.model, None, run.diffusion, Recipe(method), mesh, rows)
+        count = products(traced.jaxpr.jaxpr) / mesh.size
+        yield f"sampling step, {method.guidance} guidance", (traced.lower(), count)
+
+
+def _compiled(lowered: Any, name: str, rows: int, count: float) -> Step:
+    """The counts of a compiled program. count: of its products."""
+    started = time.monotonic()
+    try:
+        with _saying(f"compiling the {name}"):
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])
+        return Step(rows, products=count, error=said)
+    costs, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+    estimate = costs.get("optimal_seconds", 0)
+    return Step(
+        rows,
+        flops=costs["flops"],
+        products=count,
+        traffic=costs["bytes accessed"],
+        memory=held,
+        collectives=collectives(text),
+        buffers=tuple(largest_buffers(text)),
+        estimate=estimate if estimate > 0 else None,
+        compiled_in=time.monotonic() - started,
+    )
+
+
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Says what is done, and every SAID_EVERY seconds for how long."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def follow() -> None:
+        while not ended.wait(SAID_EVERY):
+            say(f"{what}: {time.monotonic() - started:.0f} s")
+
+    say(f"{what}, which takes minutes for a large network")
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _kept(config: ConfigDict, topology: str) -> Path | None:
+    """The file of a plan: its name depends on all that the programs do. None where there is no
+    folder for it."""
+    source = hashlib.sha256()
+    for path in sorted(Path(jdm.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    versions = [version(name) for name in ("jax", "jaxlib", "libtpu")]
+    what = [config_to_dict(config), topology, *versions, source.hexdigest()]
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    try:
+        return cache_folder("plan") / f"{name}.json"
+    except OSError:
+        return None
+
+
+def report(config: ConfigDict, found: dict[str, dict[str, Step]]) -> dict[str, Any]:
+    """{topology: {step: figures}}, ready for JSON."""
+    return {
+        topology: {name: figures(step, topology, config) for name, step in steps.items()}
+        for topology, steps in found.items()
+    }
+
+
+def figures(step: Step, topology: str, config: ConfigDict) -> dict[str, Any]:
+    """What follows from the counts of a step on the chips of a slice; see docs/plan.md."""
+    chip, chips = CHIPS[topology.partition(":")[0]], len(devices_of(topology))
+    bounds = step.seconds(chip)
+    least = max(bounds.values())
+    images = step.rows * chips
+    shown: dict[str, Any] = {
+        "chips": chips,
+        "images": images,
+        "fits": not step.error and step.memory <= chip.memory,
+        "memory_gib": step.memory / 2**30,
+        "memory_of_the_chip_gib": chip.memory / 2**30,
+        "tflop_a_chip": step.flops / 1e12,
+        "products_tflop_a_chip": step.products / 1e12,
+        "gflop_an_image": step.products / step.rows / 1e9,
+        "traffic_gb_a_chip": step.traffic / 1e9,
+        "collectives_mb": {kind: size / 1e6 for kind, size in step.collectives.items()},
+        "bounds_seconds": bounds,
+        "xla_seconds": step.estimate,
+        "compiled_in_seconds": step.compiled_in,
+        "largest_buffers": [list(buffer) for buffer in step.buffers],
+        "error": step.error,
+    }
+    if least and not step.error:
+        shown |= {
+            "bound_by": max(bounds, key=bounds.__getitem__),
+            "images_a_second_at_most": images / least,
+            "mfu_at_most": bounds["compute"] / least,
+            "hours_at_least": config.train.steps * least / 3600,
+        }
+    return shown
+
+
+def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The figures of one step on several slices, as cells: a row for each figure."""
+    of = {topology: steps[name] for topology, steps in found.items() if name in steps}
+
+    def row(head: str, text: Any) -> list[str]:
+        return [head, *(text(one) for one in of.values())]
+
+    def where(key: str, form: str) -> Any:
+        return lambda one: form.format(one[key]) if key in one else ""
+
+    def memory(one: dict) -> str:
+        if one["error"]:
+            return "does not fit"
+        held = f"{one['memory_gib']:.3g} of {one['memory_of_the_chip_gib']:.0f} GiB"
+        return held if one["fits"] else f"does not fit: {held}"
+
+    def sent(one: dict) -> str:
+        kinds = [f"{kind} {size:.3g}" for kind, size in one["collectives_mb"].items()]
+        return ", ".join(kinds) or "none"
+
+    rows = [
+        ["", *of],
+        row("chips", lambda one: f"{one['chips']}"),
+        row("images of a step", lambda one: f"{one['images']:,}"),
+        row("memory of a chip", memory),
+        row("GFLOP of products an image", where("gflop_an_image", "{:.3g}")),
+        row("TFLOP of products a chip", where("products_tflop_a_chip", "{:.3g}")),
+        row("TFLOP a chip as XLA counts", where("tflop_a_chip", "{:.3g}")),
+        row("GB of memory traffic a chip", where("traffic_gb_a_chip", "{:.3g}")),
+        row("MB through collectives", sent),
+        row("bound by", where("bound_by", "{}")),
+        row("ms a step, at least", lambda o: f"{1e3 * max(o['bounds_seconds'].values()):.3g}"),
+        row("images a second, at most", where("images_a_second_at_most", "{:,.0f}")),
+        row("MFU, at most", where("mfu_at_most", "{:.0%}")),
+    ]
+    if name == "training step":
+        rows.append(row("hours of training, at least", where("hours_at_least", "{:.3g}")))
+    return rows
