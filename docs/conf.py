@@ -40,7 +40,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # {caption: pages}. A page that another part of the project brings is listed where it exists.
 NAVIGATION = {
-    "Begin": "quickstart own-images notebooks serve hardware scaling plan faq",
+    "Begin": "quickstart own-images notebooks serve hardware plan scaling launch faq",
     "Use": "sampling evaluation explain probe data augment convert hub config api",
     "Understand": "method results performance design extending",
 }
