@@ -58,6 +58,7 @@ def save(
     train_state: PyTree | None = None,
     data: Any = None,
     keep: int,
+    keep_every: int = 0,
     spared: int | None = None,
 ) -> None:
     """Saves one step; returns when it is on disk under its final name.
@@ -65,7 +66,8 @@ def save(
     workdir: created if it does not exist. step: 0 or more. weights, train_state: pytrees of arrays,
     sharded or not. config, data: values that JSON can represent. An item that is None is not saved:
     a converted model has weights and a config only. keep: 1 or more; once the new step is in place,
-    all others but the `keep` highest are deleted. spared: a step that is not deleted either.
+    all others but the `keep` highest are deleted. Not deleted either: steps that divide by
+    keep_every, where it is not 0, and the step `spared`.
 
     Raises CheckpointError where the step exists already (a resumed run never needs to replace one)
     or writing fails, as on a full disk; earlier steps are unchanged. Raises InvalidValue for keep.
@@ -102,6 +104,8 @@ def save(
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
         for old in [s for s in steps(workdir)[:-keep] if s not in (step, spared)]:
+            if keep_every and old % keep_every == 0:
+                continue
             try:  # renamed first, so that a half-deleted step does not have its final name
                 (folder / str(old)).rename(folder / f"{old}.partial")
                 sweep(folder)

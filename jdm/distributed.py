@@ -34,6 +34,17 @@ from jdm.options import NOT_NEGATIVE, POSITIVE, TEXT, WHOLE, check_fields, decla
 
 GRACE = 10.0  # seconds: how long a failed computation waits for the news that a process has ended
 
+# The exit status after SIGTERM, with a checkpoint (see jdm.preemption) or without: that of a shell
+# for a process that SIGTERM ends. To a launcher all are one case: the same command goes on.
+PREEMPTED = 143
+
+
+class Preempted(Failure):
+    """A run has saved a checkpoint and stopped before its last step, since SIGTERM has arrived. All
+    processes of a run raise it after the same step."""
+
+    status = PREEMPTED
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -142,6 +153,15 @@ def summed(array: Any) -> Any:
     return multihost_utils.process_allgather(array).sum(axis=0)
 
 
+def leave(sentence: str, status: int) -> None:
+    """Ends this process at once, from any thread; says why, here and in the others, which end
+    too."""
+    if _run:
+        _run.leave(sentence, status)
+    alert(f"jdm: {sentence}")
+    _leave(status)
+
+
 @contextlib.contextmanager
 def joined(processes: Processes, facts: Facts) -> Iterator[None]:
     """Makes this process one of a run, if the flags say so.
@@ -158,11 +178,18 @@ def joined(processes: Processes, facts: Facts) -> Iterator[None]:
         return
     versions = {name: version(name) for name in ("jax", "jaxlib")}
     facts = {"jdm": jdm.__version__, **versions, **facts}
-    run = _Given(processes) if processes.coordinator else _Found(processes)
+    global _run
+    run = _run = _Given(processes) if processes.coordinator else _Found(processes)
+    stopped = None
     with run.ending():
         run.join(facts)
-        yield
+        try:
+            yield
+        except Preempted as error:  # in all processes: they end together
+            stopped = error
         barrier("all processes are done")
+    if stopped:
+        raise stopped
 
 
 class _Run:
@@ -203,7 +230,8 @@ class _Run:
         # With links, those tell first, in one sentence; JAX notices a process that hangs, too.
         limits["heartbeat_timeout_seconds"] = max(10, seconds + (10 if self.links else 0))
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # It takes SIGTERM for a notice, which nothing here reads yet: the process would not end.
+        # It takes SIGTERM for a notice. Where nothing reads it, as in sampling, the process would
+        # not end. Training starts the service later.
         jax.config.update("jax_enable_preemption_service", False)
         self._started = True
         try:
@@ -211,6 +239,12 @@ class _Run:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise Failure(f"the processes could not connect: {reason}") from error
+
+    def leave(self, sentence: str, status: int) -> None:
+        """Tells the others that this process ends at once, and why."""
+        self._ends.acquire(timeout=1)  # for good, as in `_fail`, which may hold it
+        if self.links:
+            self.links.tell({"said": f"{self.links.name}: {sentence}", "status": status})
 
     def _fail(self, error: BaseException) -> None:
         """This process ends with an error: it tells the others, and does not wait for them."""
@@ -244,6 +278,9 @@ def _leave(status: int) -> None:
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     os._exit(status)
+
+
+_run: _Run | None = None  # that this process has joined
 
 
 class _Given(_Run):

@@ -44,4 +44,6 @@ class InvalidValue(ValueError):
 
 class Failure(RuntimeError):
     """What no check of the arguments could foresee, in one sentence: a disk that is full, a file
-    that is damaged, a loss that is not finite."""
+    that is damaged, a loss that is not finite. status: the exit status of a command it ends."""
+
+    status = 1

@@ -29,6 +29,7 @@ from jdm.data.identity import SHOWN, Identity, check_same, class_differences, id
 from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
+from jdm.distributed import Preempted
 from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, read_json, write_whole
 from jdm.hub import model_path
@@ -36,6 +37,7 @@ from jdm.joint import Joint, load
 from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, replicated, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
+from jdm.preemption import Notice, watched
 from jdm.profiling import StepTrace
 from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress, shown
@@ -70,7 +72,8 @@ def train(
 
     Raises InvalidValue for values of the config that do not fit together or differ from those of
     the work folder, and for other data; CheckpointError where saving fails, DataError where the
-    data cannot be read, NonFiniteError where the loss is not finite.
+    data cannot be read, NonFiniteError where the loss is not finite, and distributed.Preempted
+    after SIGTERM, once a checkpoint is saved. Before the first step SIGTERM ends the process.
     """
     started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
     if profile is not None and dry_run:
@@ -92,9 +95,10 @@ def train(
 
     if main:
         made_folder("workdir", workdir)
-    with only_job(workdir) if main else contextlib.nullcontext():
+    with only_job(workdir) if main else contextlib.nullcontext(), watched() as notice:
         check_shared(workdir)
-        _train(config, workdir, run, mesh, root, source, other_data, started, traces, on_row)
+        rest = (other_data, started, traces, on_row, notice)
+        _train(config, workdir, run, mesh, root, source, *rest)
 
 
 def _train(
@@ -108,6 +112,7 @@ def _train(
     started: float,
     traces: Path | None,
     on_row: Callable[[dict[str, Any]], Any] | None,
+    notice: Notice,
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
@@ -153,6 +158,7 @@ def _train(
         StepTrace(traces, start + 1, config.train.steps) as traced,
     ):
         since = time.monotonic()
+        notice.begin()
         for done in range(start + 1, config.train.steps + 1):
             with traced.step(done) as results:
                 state, metrics = step(state, to_global(next(batches), mesh), root)
@@ -161,7 +167,9 @@ def _train(
             progress.advance(rows)
 
             logs, evaluates, saves = due(config, done)
-            if not (logs or evaluates or saves):
+            # A notice that comes during an evaluation stops the run after it.
+            stops = not evaluates and notice.reached(done)
+            if not (logs or evaluates or saves or stops):
                 continue
             row = fetch(pending, first=done - len(pending) + 1)
             row["train/images_per_second"] = len(pending) * rows / (time.monotonic() - since)
@@ -174,6 +182,7 @@ def _train(
                 found = dict(zip(found, numbers.tolist(), strict=True))
                 row |= {f"eval/{name}": value for name, value in found.items()}
                 best = best and best.updated(done, found)
+                stops = notice.reached(done)
             ends = best is not None and best.ends(config.train.patience)
             written = log.write(done, done * rows, row) if log else None
             if on_row and written:
@@ -181,16 +190,20 @@ def _train(
             else:
                 progress.say(shown(done, row, before))
             before = row if evaluates else before
-            if saves or ends or (best and best.step == done):
+            if saves or ends or stops or (best and best.step == done):
                 # Everything that the next step depends on, and the next evaluation.
                 data = batches.get_state() | {"dataset": dataset}
                 data |= {"best": dataclasses.asdict(best)} if best else {}
-                rest = dict(data=data, config=config_to_dict(config), keep=config.checkpoint.keep)
-                spared = best.step if best else None
-                checkpoint.save(workdir, done, **_trees(state), **rest, spared=spared)
+                kept: dict[str, Any] = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
+                kept |= dict(data=data, config=config_to_dict(config))
+                kept["spared"] = best.step if best else None
+                checkpoint.save(workdir, done, **trees_of(state), **kept)
             if best and ends:
                 progress.say(f"ended at step {done}: {best.sentence}")
                 break
+            if stops and done < config.train.steps:
+                said = f"SIGTERM ended the run after step {done} of {config.train.steps}"
+                raise Preempted(f"{said}, which is saved; the same command goes on from there")
             since = time.monotonic()
 
 
@@ -389,7 +402,7 @@ def resume(
     """
     if step > 0 or "train_state" in checkpoint.items(workdir, step):
         say(f"resuming from step {step} of {workdir}", STDOUT)
-        items = checkpoint.restore(workdir, step, **_trees(run.state))
+        items = checkpoint.restore(workdir, step, **trees_of(run.state))
         position = checkpoint.read_data(workdir, step)
         if not isinstance(position.get("next_index"), int):
             said = f"holds no position in the data: {position!r}"
@@ -401,7 +414,7 @@ def resume(
     return warm_started(run.init(root), weights)
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def trees_of(state: TrainState) -> dict[str, Any]:
     """A state as items of a checkpoint: `weights`, the EMA, and `train_state`, the rest."""
     rest = {name: value for name, value in vars(state).items() if value is not None}
     return dict(weights=rest.pop("ema"), train_state=rest)

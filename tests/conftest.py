@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -56,7 +57,7 @@ test_pretrained test_version_0 test_splits test_pipeline test_unet test_workdir
 test_checkpoint_failures test_class_names test_request test_generation test_explain test_probe
 test_metrics test_evaluators test_reverse_step test_guidance test_heads test_report test_paths
 test_messages test_environment test_profiling test_mnist5k test_stepwise test_notebook test_launch
-test_tpu
+test_tpu test_preemption
 """.split()
 
 
@@ -148,6 +149,32 @@ def run(capfd, monkeypatch):
         except SystemExit as ending:
             status = ending.code or 0
         return subprocess.CompletedProcess(argv, status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """two_processes(script, *arguments): how two processes end that run a script, each with two
+    devices. Their first arguments are the address of process 0, and the number of the process."""
+
+    def call(script: str, *arguments) -> list[subprocess.CompletedProcess]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        options["env"] = {**os.environ, "XLA_FLAGS": devices}
+        command = [sys.executable, "-c", script, address]
+        started = [
+            subprocess.Popen([*command, str(index), *map(str, arguments)], **options)
+            for index in range(2)
+        ]
+        output = [process.communicate(timeout=300) for process in started]
+        return [
+            subprocess.CompletedProcess(process.args, process.returncode, *said)
+            for process, said in zip(started, output, strict=True)
+        ]
 
     return call
 

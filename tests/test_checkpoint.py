@@ -63,11 +63,11 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def save(workdir, step, *, keep=10, **items):
+def save(workdir, step, *, keep=10, keep_every=0, **items):
     state = make_state()
     weights = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) / 2, x.dtype), state.params)
     items = {"weights": weights, "train_state": state, "data": DATA, "config": CONFIG} | items
-    checkpoint.save(workdir, step, keep=keep, **items)
+    checkpoint.save(workdir, step, keep=keep, keep_every=keep_every, **items)
     return items
 
 
@@ -435,6 +435,12 @@ def test_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["1", "10"]
     with pytest.raises(ValueError, match="keep"):
         save(tmp_path, 11, keep=0)
+
+
+def test_keeps_the_steps_that_divide(tmp_path):
+    for step in (0, 2, 3, 4, 5, 6):
+        save(tmp_path, step, keep=1, keep_every=3)
+    assert checkpoint.steps(tmp_path) == [0, 3, 6]
 
 
 def test_what_a_person_put_into_a_step_outlives_it(copy):

@@ -2,9 +2,10 @@
 
 Each command is a file of this folder, listed in COMMANDS, with its HELP, an EXAMPLE, `add_flags`
 and `run`. An error is printed as one sentence without a traceback. The exit status is 2 for a wrong
-flag or config key, and 1 for any other failure. A closed output ends a command quietly (`jdm data
-list | head -1`), and no training or sampling. Commands import JAX inside their functions, so that
-flags and configs are checked first.
+flag or config key, 143 for a training that SIGTERM has ended (jdm.distributed.PREEMPTED), and 1 for
+any other failure. A closed output ends a command quietly (`jdm data list | head -1`), and no
+training or sampling. Commands import JAX inside their functions, so that flags and configs are
+checked first.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def _main(argv: list[str]) -> None:
     except (Failure, FloatingPointError, MemoryError, OSError) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads(sys.stdout):
             sys.exit(141)  # as if by SIGPIPE: who reads the result, such as head, has enough
-        _exit(arguments, str(error), 1)
+        _exit(arguments, str(error), error.status if isinstance(error, Failure) else 1)
     except KeyboardInterrupt:
         _exit(arguments, "interrupted", 130)
 

@@ -143,6 +143,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
     checkpoint=dict(
         every=_resumable(1000, "steps between checkpoints", NOT_NEGATIVE),
         keep=_resumable(3, "newest checkpoints to keep", POSITIVE),
+        keep_every=_resumable(
+            0, "keep every checkpoint whose step divides by this too; 0: none", NOT_NEGATIVE
+        ),
         best=_resumable("", "a metric: the checkpoint of its best value is kept too", METRIC),
     ),
 )

@@ -15,6 +15,7 @@ position of a training run, and is valid for any number of hosts.
 import ast
 import functools
 import linecache
+import signal
 import sys
 import traceback
 import weakref
@@ -113,11 +114,17 @@ class TrainBatches(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():  # grain reads a flag, which absl.app would parse
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_sigterm)
         self._ahead = iter(batches)
         # Closed at exit at the latest: workers print errors when the interpreter ends before them.
         # Older versions of grain have no `close`.
         self._close = weakref.finalize(self, getattr(self._ahead, "close", lambda: None))
+
+
+def _ignore_sigterm(worker: int, workers: int) -> None:
+    """In a worker. Clusters send SIGTERM to all processes of a job; the run goes on to its next
+    checkpoint, and ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def check_main_guard(workers: int) -> None:
