@@ -42,6 +42,7 @@ class Run:
 
     def __init__(self, workdir: Path, processes: int, steps: int):
         self.workdir, self.steps, self.started = workdir, steps, time.monotonic()
+        self._written = time.time()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self._port = free.getsockname()[1]
@@ -71,9 +72,16 @@ class Run:
 
     def reached(self, step: int) -> float:
         """Waits for the row of a step; returns the seconds since the start. Gives up after 120."""
-        while last_row(self.workdir) < step and (took := time.monotonic() - self.started) < 120:
+        rows = (
+            self.workdir / "metrics.jsonl"
+        )  # those of another run are there until this one writes
+        while not (rows.exists() and rows.stat().st_mtime > self._written) or (
+            last_row(self.workdir) < step
+        ):
+            if time.monotonic() > self.started + 120:
+                break
             time.sleep(0.005)
-        return took
+        return time.monotonic() - self.started
 
     def wait(self) -> list[int]:
         """The statuses of the processes; that of one that a signal has ended is negative."""
@@ -129,7 +137,7 @@ def disturbed(
     pause = (time.monotonic() - run.started - began) / steps * 2  # that of a step, with its saving
     passed = 0
     while True:
-        first = last_row(workdir)
+        first, saved = last_row(workdir), max(checkpoint.steps(workdir), default=0)
         run = Run(workdir, processes, steps)
         if passed == moments:
             check(run.wait() == [0] * processes, f"a run that was resumed failed, see {folder}")
@@ -139,7 +147,7 @@ def disturbed(
         if draw.random() < STARTING:
             time.sleep(draw.uniform(0, began))
         else:
-            run.reached(draw.randint(min(first + 1, steps), steps))
+            run.reached(draw.randint(min(saved + 1, steps), steps))
             time.sleep(draw.uniform(0, pause))
         before = last_row(workdir)
         os.kill(draw.choice(run.processes), number)  # a process that has ended is waited for below

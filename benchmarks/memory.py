@@ -38,7 +38,7 @@ def serve_steps(name: str, steps: int) -> None:
     startup.set_up()
     import jax
 
-    from jdm.mesh import make_mesh, replicated, to_global
+    from jdm.mesh import make_mesh, to_global
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
     from jdm.training.build import build
@@ -46,7 +46,7 @@ def serve_steps(name: str, steps: int) -> None:
     config, mesh, root = load_config(name), make_mesh(), key_of(0)
     config.data.batch_size = min(config.data.batch_size, 32 if config.model.channels < 64 else 16)
     config.loss.augment = "none"
-    run = build(config, replicated(mesh))
+    run = build(config, mesh)
     state = run.init(root)
     batch = to_global(images_of(config, config.data.batch_size), mesh)
     with contextlib.redirect_stdout(sys.stderr):

@@ -41,13 +41,13 @@ def main() -> None:
     startup.set_up()
     import jax
 
-    from jdm.mesh import make_mesh, replicated, to_global
+    from jdm.mesh import make_mesh, to_global
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
     from jdm.training.build import build
 
     config, mesh, root = config_of(arguments.recipe), make_mesh(), key_of(0)
-    run = build(config, replicated(mesh))
+    run = build(config, mesh)
     with contextlib.redirect_stdout(sys.stderr):
         step = compile_step(config, run, mesh, root)
     named = r'^\s*(?:ROOT )?%?([\w.-]+) = .* metadata={op_name="([^"]*)"'

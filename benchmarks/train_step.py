@@ -50,7 +50,7 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     import jax.numpy as jnp
 
     from jdm.analysis.hlo import products
-    from jdm.mesh import make_mesh, replicated, to_global
+    from jdm.mesh import make_mesh, to_global
     from jdm.nn.model import weight_shapes
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
@@ -58,7 +58,7 @@ def serve_jdm(recipe: str, folder: Path) -> None:
     from jdm.training.warm import warm_started
 
     config, mesh = config_of(recipe), make_mesh()
-    run, root = build(config, replicated(mesh)), key_of(0)
+    run, root = build(config, mesh), key_of(0)
     state = warm_started(run.init(root), of_jdm(config, folder)[1])
     batch = to_global(images_of(config, config.data.batch_size), mesh)
     with contextlib.redirect_stdout(sys.stderr):

@@ -34,6 +34,7 @@ ADDED: dict[str, Any] = {
     "model.head_channels": 0,
     "model.time_conditioning": "scale_shift",
     "exec.attention": "auto",  # was "xla"; they differ by rounding errors
+    "exec.mesh": "data",
     "train.patience": 0,
     "checkpoint.keep_every": 0,
     "eval.samples": 1000,

@@ -1,9 +1,17 @@
 """The mesh of devices, how arrays lie on it, and how host batches become global arrays.
 
-Owns shardings. A single device is a mesh of one, so no other code counts devices.
+Owns shardings. A single device is a mesh of one, so no other code counts devices. Batches are split
+over the devices by rows. How the weights and what is trained with them lie is config.exec.mesh:
+
+    data   whole on every device
+    fsdp   split: every device has a part of each large array, and gets the others for a step (fully
+           sharded data parallelism)
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.extend
@@ -11,7 +19,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jdm import names
 from jdm.errors import InvalidValue
+
+SMALL = 1024  # the number of elements below which an array is never split
 
 
 def _started(find: Callable[[], list[jax.Device]]) -> list[jax.Device]:
@@ -56,9 +67,54 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def of_this_host(tree: PyTree) -> PyTree:
-    """Arrays that are replicated over all hosts, as arrays replicated over the devices of this one,
-    for work that each host does separately. Copies nothing."""
+def _fsdp(shape: tuple[int, ...], devices: int) -> int | None:
+    """The axis to split: the longest that divides by the number of devices, of equal ones the last.
+    None where there is none, and for an array that is SMALL."""
+    axes = [axis for axis, length in enumerate(shape) if length % devices == 0]
+    if devices == 1 or math.prod(shape) < SMALL or not axes:
+        return None
+    return max(axes, key=lambda axis: (shape[axis], axis))
+
+
+# (shape, number of devices) -> the axis of an array that is split, or None.
+MESHES: dict[str, Callable[[tuple[int, ...], int], int | None]] = names.MESHES.records(
+    data=lambda shape, devices: None, fsdp=_fsdp
+)
+
+
+def shardings(tree: PyTree, mesh: Mesh, name: str) -> PyTree:
+    """The sharding of each array of a tree by the rule `name`, of MESHES."""
+    rule = MESHES[names.check_name("config.exec.mesh", name, MESHES)]
+
+    def of(leaf: Any) -> NamedSharding:
+        axis = rule(leaf.shape, mesh.size)
+        split = [None] * (axis or 0) + (["data"] if axis is not None else [])
+        return NamedSharding(mesh, PartitionSpec(*split))
+
+    return jax.tree.map(of, tree)
+
+
+def share_of_each(tree: PyTree) -> tuple[float, int]:
+    """(the share of a tree's bytes that each device holds, the number of arrays that are whole).
+    The arrays may be shapes with a sharding."""
+    leaves = jax.tree.leaves(tree)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    parts = [x.sharding.shard_shape(x.shape) for x in leaves]
+    held = sum(math.prod(part) * x.dtype.itemsize for part, x in zip(parts, leaves, strict=True))
+    return held / size, sum(part == x.shape for part, x in zip(parts, leaves, strict=True))
+
+
+@functools.lru_cache(maxsize=2)
+def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def of_this_host(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays over the mesh of all hosts, as arrays replicated over the devices of this one, for
+    work that each host does separately. Copies nothing where they are replicated; where they are
+    split, all hosts call this together."""
+    if not all(x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        tree = _gather(mesh)(tree)
     here = replicated(local_mesh())
 
     def local(x: jax.Array) -> jax.Array:

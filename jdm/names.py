@@ -77,6 +77,9 @@ POLICIES = Names(["none", "published", "repaired", "digits", "natural"])
 LR_SCHEDULES = Names(["constant", "cosine"])
 T_SAMPLERS = Names(["uniform", "loss_second_moment"])
 
+# Devices (jdm.mesh)
+MESHES = Names(["data", "fsdp"])
+
 # Sampling (jdm.diffusion.samplers, jdm.diffusion.guidance)
 SAMPLERS = Names(["ancestral", "ddim", "dpmpp_2m", "heun"])
 SPACINGS = Names(["uniform", "quadratic", "log_snr"])

@@ -34,7 +34,7 @@ from jdm.errors import Failure, InvalidValue, first_ten
 from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, read_json, write_whole
 from jdm.hub import model_path
 from jdm.joint import Joint, load
-from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, replicated, to_global
+from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, share_of_each, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.preemption import Notice, watched
@@ -139,7 +139,7 @@ def _train(
     start, rows = last or 0, config.data.batch_size
 
     def evaluation(state: Any, done: int) -> Iterator[tuple[str, Value]]:
-        weights = of_this_host(state.ema)
+        weights = of_this_host(state.ema, mesh)
         joint = Joint(config, run.model, run.diffusion, weights, dataset, done)
         return evaluate(joint, config.eval.metrics, evaluated, options)
 
@@ -242,7 +242,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     parts, name = config.exec.accumulate, "config.data.batch_size"
     name += " / config.exec.accumulate" * (parts > 1)
     check_batch(config.data.batch_size // parts, mesh, name)
-    run = build(config, replicated(mesh))
+    run = build(config, mesh)
     if POLICIES[config.loss.augment].flips and not facts.flips:
         # Not an error: the published recipes do this, and must stay reproducible.
         warnings.warn(
@@ -343,6 +343,10 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
     images = f"batches of {rows} images {'×'.join(map(str, shape))}"
     devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
     say(f"compiling the training step: {count:,} parameters, {images}, {devices}", STDOUT)
+    if config.exec.mesh != "data":
+        share, whole = share_of_each(run.state)
+        arrays = f"{whole} of {len(jax.tree.leaves(run.state))} arrays, small ones, are whole"
+        say(f"{config.exec.mesh}: each device holds {share:.1%} of the state; {arrays}", STDOUT)
     started, needs = time.monotonic(), ""
     compiled = run.step.lower(run.state, batch, root).compile()
     release_memory()

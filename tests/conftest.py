@@ -57,7 +57,7 @@ test_pretrained test_version_0 test_splits test_pipeline test_unet test_workdir
 test_checkpoint_failures test_class_names test_request test_generation test_explain test_probe
 test_metrics test_evaluators test_reverse_step test_guidance test_heads test_report test_paths
 test_messages test_environment test_profiling test_mnist5k test_stepwise test_notebook test_launch
-test_tpu test_preemption
+test_tpu test_preemption test_fsdp
 """.split()
 
 

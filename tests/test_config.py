@@ -18,7 +18,7 @@ from jdm.configs import base
 from jdm.configs.base import CLASSES, DIFFERENT, LEVELS, METRIC, SEED, SIDES
 from jdm.data.datasets import DATASETS
 from jdm.errors import InvalidValue
-from jdm.mesh import by_row, make_mesh, replicated
+from jdm.mesh import by_row, make_mesh
 from jdm.names import FOLDER
 from jdm.options import ANYTHING, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE
 from jdm.trainer import abstract_batch
@@ -81,7 +81,7 @@ NETWORKS = {network_of(name): name for name in reversed(config_names())}.values(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_builds(name):
     """Shapes only: nothing is computed and nothing compiled."""
-    run = build.build(load_named(name), replicated(make_mesh()))
+    run = build.build(load_named(name), make_mesh())
     if name in PUBLISHED:
         params = run.state.params
         counts = [sum(x.size for x in jax.tree.leaves(params[part])) for part in ("unet", "head")]
@@ -94,7 +94,7 @@ def test_every_network_builds(name):
 )
 def test_a_step_has_the_shapes_of_its_config(changes):
     config, mesh = load(*changes), make_mesh()
-    run, batch = build.build(config, replicated(mesh)), abstract_batch(config, by_row(mesh))
+    run, batch = build.build(config, mesh), abstract_batch(config, by_row(mesh))
     assert batch["label"].shape == ((16, 10) if config.model.multi_label else (16,))
     state, metrics = jax.eval_shape(run.step, run.state, batch, jax.random.key(0))
     assert metrics["loss"][0].shape == ()
@@ -392,7 +392,7 @@ def test_a_config_of_version_0_is_migrated():
         values["loss"]["terms"] = old
         found = config_from_dict(json.loads(json.dumps(values)))
         assert found.exec.to_dict() == dict(
-            dtype="bfloat16", remat=True, accumulate=2, attention="auto"
+            dtype="bfloat16", remat=True, accumulate=2, attention="auto", mesh="data"
         )
         assert found.loss.terms == new and found.version == base.VERSION
         assert found.eval.metrics == ("classification",)

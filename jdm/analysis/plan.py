@@ -127,7 +127,7 @@ def devices_of(topology: str) -> list[Any]:
 def _lowered(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[str, tuple[Any, float]]]:
     """The programs, lowered, each with the operations of its products on a chip."""
     whole, key = replicated(mesh), key_of(0)
-    run = build(config, whole)
+    run = build(config, mesh)
     root = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     traced = run.step.trace(run.state, abstract_batch(config, by_row(mesh)), root)
     yield "training step", (traced.lower(), products(traced.jaxpr.jaxpr) / mesh.size)

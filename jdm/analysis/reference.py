@@ -39,7 +39,7 @@ from jdm.data.splits import Split
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import whole_folder
 from jdm.joint import Joint, classify, digest, load, to_floats
-from jdm.mesh import make_mesh, replicated, to_global
+from jdm.mesh import make_mesh, to_global
 from jdm.messages import say
 from jdm.nn.model import JointModel
 from jdm.numerics import fixed_flags, key_of
@@ -215,7 +215,7 @@ def _trained(config: ConfigDict, train: Split, folder: Path) -> Any:
     count = f"{len(train.images):,} training images"
     say(f"training a reference classifier on {count}, once; it will be kept in {folder}")
     mesh, root, started = make_mesh(jax.local_devices()[:1]), key_of(config.seed), time.monotonic()
-    run = build(config, replicated(mesh))
+    run = build(config, mesh)
     state = run.init(root)
     batches = train_batches(train.images, train.labels, batch_size=rows, seed=config.seed)
     with Progress(steps * rows, "training the reference classifier", "images") as progress:

@@ -116,6 +116,11 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
         attention=_resumable(
             "auto", "implementation; see jdm.nn.attention", names=names.ATTENTIONS
         ),
+        mesh=_resumable(
+            "data",
+            "how weights and their training state lie on the devices: whole, or split (fsdp)",
+            names=names.MESHES,
+        ),
         remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
         accumulate=_resumable(
             1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE

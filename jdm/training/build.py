@@ -17,6 +17,7 @@ from optax import GradientTransformation
 from jdm import names
 from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
+from jdm.mesh import replicated, shardings
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.numerics import key_of
 from jdm.target import platform
@@ -96,20 +97,22 @@ class Run(NamedTuple):
     step: jax.stages.Wrapped
 
 
-def build(config: ConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
-    """The parts of a run; computes no array. Raises InvalidValue for values that do not fit.
+def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
+    """The parts of a run on a mesh; computes no array.
 
     The parts are kept, and their compiled programs with them: another run in the same process whose
     config has the same values of what is read here compiles nothing.
+
+    Raises InvalidValue for values that do not fit.
     """
     read = {name: config[name] for name in ("model", "exec", "diffusion", "loss", "optim")}
     train = {name: config.train[name] for name in ("t_sampler", "ema_decay", "ema_warmup")}
     train["steps"] = config.train.steps if LR_SCHEDULES.get(config.optim.schedule) else 0
-    return _build(FrozenConfigDict(read | {"train": train}), state_sharding)
+    return _build(FrozenConfigDict(read | {"train": train}), mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _build(config: FrozenConfigDict, state_sharding: jax.sharding.Sharding) -> Run:
+def _build(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Run:
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     loss_fn = JointLoss(model, diffusion, config.loss)
     optimiser = make_optimiser(**config.optim, total_steps=config.train.steps)
@@ -123,12 +126,28 @@ def _build(config: FrozenConfigDict, state_sharding: jax.sharding.Sharding) -> R
     init = functools.partial(init_state, model, optimiser, t_sampler)
     parts = dict(loss_fn=loss_fn, t_sampler=t_sampler, optimiser=optimiser)
     ema = dict(decay=config.train.ema_decay, warmup=config.train.ema_warmup)
+    whole = replicated(mesh)
+    state_sharding: Any = whole  # of every array
+    if config.exec.mesh != "data":
+        state_sharding = state_shardings(jax.eval_shape(init, key_of(0)), mesh, config.exec.mesh)
+        constrain = jax.lax.with_sharding_constraint
+        parts["gather"] = lambda params: constrain(params, whole)
+        # Whole first, so that XLA does not split the computation of the gradient by channels.
+        parts["split"] = lambda tree: constrain(constrain(tree, whole), state_sharding.params)
     step = functools.partial(train_step, **parts, **ema, accumulate=config.exec.accumulate)
     # The init runs once. On a CPU, optimising its program takes longer than running it.
     options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
     init_fn = jax.jit(init, out_shardings=state_sharding, compiler_options=options)
-    step_fn = jax.jit(step, donate_argnums=0, out_shardings=state_sharding)
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, whole))
     return Run(model, diffusion, init_fn.eval_shape(key_of(0)), init_fn, step_fn)
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh, name: str) -> TrainState:
+    """Where a state lies. name: of jdm.mesh.MESHES. Only the parameters, their EMA and the
+    optimiser's state are split: draws of t must not depend on the devices by rounding errors."""
+    rest = {field: getattr(state, field) for field in ("step", "batch_stats", "t_history")}
+    split = {field: getattr(state, field) for field in ("params", "ema", "optimiser")}
+    return TrainState(**shardings(rest, mesh, "data"), **shardings(split, mesh, name))
 
 
 def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:

@@ -66,18 +66,23 @@ def train_step(
     decay: float,
     accumulate: int,
     warmup: bool,
+    gather: Callable[[Any], Any] = lambda params: params,
+    split: Callable[[Any], Any] = lambda gradient: gradient,
 ) -> tuple[TrainState, Metrics]:
     """(next state, metrics {name: (sum, count)}): one gradient step on the joint loss.
 
     root: the key of the whole run. loss_fn: a JointLoss. decay, warmup: see `ema_decay`.
-    accumulate: the number of parts, see `loss_gradient`.
+    accumulate: the number of parts, see `loss_gradient`. gather, split: where each device has a
+    part of the parameters, how it gets the others, and is left with its part of the gradient;
+    neither changes a value.
     """
     keys = step_keys(root, state.step)
     t, importance = t_sampler.draw(keys["t"], state.t_history, len(batch["image"]))
     rows = loss_fn.rows(batch, t, importance, keys, state.step)
     (gradient, loss, metrics), batch_stats, values = loss_gradient(
-        loss_fn, state.params, state.batch_stats, rows, keys["dropout"], accumulate
+        loss_fn, gather(state.params), state.batch_stats, rows, keys["dropout"], accumulate
     )
+    gradient = split(gradient)
     updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
     weights = {"params": optax.apply_updates(state.params, updates), "batch_stats": batch_stats}
     next_state = TrainState(

@@ -47,7 +47,8 @@ def warm_started(state: TrainState, saved: Any) -> TrainState:
 
 
 def _placed(saved: jax.Array, ours: jax.Array) -> jax.Array:
-    """A loaded array, which lies on the devices of this host, on those of all hosts."""
-    if ours.is_fully_addressable:
+    """A loaded array, which lies on the devices of this host, where ours lies."""
+    if saved.sharding == ours.sharding:
         return saved
-    return jax.make_array_from_process_local_data(ours.sharding, np.asarray(saved), ours.shape)
+    whole = np.asarray(saved)
+    return jax.make_array_from_callback(ours.shape, ours.sharding, lambda index: whole[index])

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jdm.configs import base
 from jdm.diffusion.process import Diffusion
-from jdm.mesh import make_mesh, replicated, to_global
+from jdm.mesh import make_mesh, to_global
 from jdm.nn.model import JointModel
 from jdm.nn.unet import Features
 from jdm.training.build import Run, build
@@ -63,7 +63,7 @@ def tiny_run() -> Tiny:
     labels[:5] = -1  # on eight devices: two without any label
     labels[::2] = -1  # of two parts of the batch: one without any label
     images = rng.integers(0, 256, size=(16, 8, 8, 1), dtype=np.uint8)
-    return Tiny(config, build(config, replicated(make_mesh())), {"image": images, "label": labels})
+    return Tiny(config, build(config, make_mesh()), {"image": images, "label": labels})
 
 
 # A network with known outputs.

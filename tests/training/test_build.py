@@ -153,7 +153,7 @@ def test_losses_that_are_not_computed_draw_no_noise_levels():
     config = base.get_config()
     config.loss.terms, config.train.t_sampler = ("classifier",), "loss_second_moment"
     with pytest.raises(ValueError, match=r"^config\.train\.t_sampler=.*loss\.terms=\('classifier"):
-        build(config, replicated(make_mesh()))
+        build(config, make_mesh())
 
 
 @pytest.mark.parametrize(
@@ -169,4 +169,4 @@ def test_parts_that_do_not_fit_are_named_before_anything_is_computed(section, ch
     config = base.get_config()
     config[section].update(changes)
     with pytest.raises(ValueError, match=rf"^(config\.)?{message}="):
-        build(config, replicated(make_mesh()))
+        build(config, make_mesh())

@@ -313,7 +313,7 @@ names = sorted(given, key=lambda name: int(name))
 root = jax.random.key(1)
 config = tiny_config()
 config.exec.accumulate = 2
-run = build(config, replicated(mesh))
+run = build(config, mesh)
 state = jax.tree.unflatten(jax.tree.structure(run.state), [given[name] for name in names])
 state = jax.device_put(state, replicated(mesh))
 step = run.step.lower(state, batch, root).compile()
