@@ -180,11 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--signals", nargs="+", default=["KILL"], choices=("KILL", "TERM"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args(argv)
-    import jdm.trainer  # noqa: F401  before the first fork
+    import grain  # noqa: F401  these are imported once, before the first fork
+    import tensorboardX  # noqa: F401
+
+    import jdm.trainer  # noqa: F401
 
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     disturbed(folder, **vars(given))
-    print(f"{given.moments} times; each step whole, and the same at the end")
+    print(f"moments: {given.moments}; each step whole, and the same at the end")
     shutil.rmtree(folder)
 
 
