@@ -1,8 +1,8 @@
 """`train`: a training run from its first check to its last checkpoint.
 
-Owns the order of the checks, resuming, and when a run logs, evaluates and saves. The loss and the
-training step are in jdm.training. Of the processes of a run, process 0 writes all files but the
-checkpoints, which all write together.
+Owns the order of the checks, and when a run logs, evaluates and saves. What it begins from is in
+jdm.resume, the loss and the training step are in jdm.training. Of the processes of a run, process 0
+writes all files but the checkpoints, which all write together.
 """
 
 import contextlib
@@ -23,29 +23,35 @@ from ml_collections import ConfigDict
 
 from jdm import checkpoint, distributed
 from jdm.analysis.evaluators import EvaluationOptions, Value, evaluate
-from jdm.config import config_from_dict, config_to_dict, differences
+from jdm.config import config_to_dict
 from jdm.data.fit import check_config_fits, check_labels, check_not_empty, ood_options
-from jdm.data.identity import SHOWN, Identity, check_same, class_differences, identity_of_run
+from jdm.data.identity import identity_of_run
 from jdm.data.pipeline import TrainBatches, check_main_guard, train_batches
 from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.distributed import Preempted
-from jdm.errors import Failure, InvalidValue, first_ten
-from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, read_json, write_whole
-from jdm.hub import model_path
-from jdm.joint import Joint, load
+from jdm.errors import Failure, InvalidValue
+from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, write_whole
+from jdm.joint import Joint
 from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, share_of_each, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.preemption import Notice, watched
 from jdm.profiling import StepTrace
+from jdm.resume import (
+    begin,
+    best_so_far,
+    check_data,
+    check_workdir,
+    resume,
+    say_learning_rate,
+    trees_of,
+    warm_source,
+)
 from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress, shown
 from jdm.training.augment import POLICIES
-from jdm.training.best import Best
-from jdm.training.build import Run, abstract_batch, build, learning_rate
-from jdm.training.step import TrainState
-from jdm.training.warm import new_arrays, warm_started
+from jdm.training.build import Run, abstract_batch, build
 
 
 class NonFiniteError(Failure):
@@ -226,16 +232,6 @@ def evaluation_options(config: ConfigDict) -> EvaluationOptions:
     )
 
 
-def best_so_far(config: ConfigDict, workdir: Path, last: int | None) -> Best | None:
-    """The record of config.checkpoint.best at the step `last`; None where it names no metric."""
-    if not (metric := config.checkpoint.best):
-        return None
-    saved = {}
-    if last is not None and "data" in checkpoint.items(workdir, last):
-        saved = checkpoint.read_data(workdir, last).get("best", {})
-    return Best.of(metric, config.eval.split, saved)
-
-
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     """The parts of a run. Raises InvalidValue, from all checks of the config that need no data."""
     facts = check_config_fits(config.data, config.model, config.eval)
@@ -262,34 +258,6 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     return run
 
 
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises InvalidValue where the work folder holds a run with another config.
-
-    config.json and the config in the last checkpoint are compared: either may be missing, or be
-    that of another run.
-    """
-
-    def refuse(allowed: str, hint: str):
-        raise InvalidValue("workdir", str(workdir), allowed, hint)
-
-    path, stored = workdir / "config.json", {}
-    try:
-        if path.exists():
-            stored[path.name] = read_json(path)
-    except Failure as error:
-        refuse(f"cannot be used: {error}", "move it away; checkpoints hold the config too")
-    if saved := checkpoint.stored_config(workdir):
-        stored[f"checkpoint {saved[0]}"] = saved[1]
-    for where, values in stored.items():
-        try:
-            found = config_from_dict(values)
-        except InvalidValue as error:
-            refuse(f"cannot be used: in {where}, {error}", "choose another folder")
-        if differing := differences(found, config):
-            allowed = f"holds a run with another config ({'; '.join(first_ten(differing))})"
-            refuse(allowed, "choose another folder, or the same values")
-
-
 def check_shared(workdir: Path) -> None:
     """Raises InvalidValue in a process that does not see what process 0 has just written to the
     work folder. All processes of a run call it together, while process 0 holds the folder."""
@@ -301,18 +269,6 @@ def check_shared(workdir: Path) -> None:
     if (mine != distributed.from_main(mine)).any():
         allowed = "is another folder here than in process 0; all processes need one that they share"
         raise InvalidValue("workdir", str(workdir), allowed)
-
-
-def say_learning_rate(config: ConfigDict, workdir: Path, step: int) -> None:
-    """Says where another number of steps changes the learning rate of a run that is resumed."""
-    stored = config_from_dict(checkpoint.read_config(workdir, step))
-    pair = [learning_rate(**c.optim, total_steps=c.train.steps)(step) for c in (stored, config)]
-    before, after = map(float, pair)
-    if before != after:
-        steps = f"config.train.steps: {stored.train.steps} -> {config.train.steps}"
-        changed = f"the learning rate at step {step} from {before:.4g} to {after:.4g}"
-        why = f"config.optim.schedule={config.optim.schedule!r} ends at the last step"
-        warnings.warn(f"{steps} changes {changed}: {why}", stacklevel=2)
 
 
 def read_data(config: ConfigDict) -> tuple[TrainBatches, Split]:
@@ -355,73 +311,6 @@ def compile_step(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, root: An
         needs = f"; it needs {size / 2**20:,.0f} MiB on each device"
     say(f"compiled in {time.monotonic() - started:.0f} s{needs}", STDOUT)
     return compiled
-
-
-def warm_source(config: ConfigDict, run: Run) -> Joint | None:
-    """The model at train.init_from; None for "". Raises InvalidValue where it cannot be used."""
-    path = config.train.init_from
-    if not path:
-        return None
-    found = model_path("config.train.init_from", path)
-    try:
-        joint = load(found)
-        new_arrays(run.state.ema, joint.weights)
-    except checkpoint.CheckpointError as error:
-        raise InvalidValue("config.train.init_from", path, f"cannot be loaded: {error}") from error
-    except InvalidValue as error:
-        if error.parameter == "path":  # a repository of the hub that is not there
-            raise error.about("config.train.init_from") from None
-        raise InvalidValue(error.parameter, path, error.allowed) from error
-    return joint
-
-
-def begin(
-    config: ConfigDict, run: Run, root: Any, source: Joint | None, dataset: Identity
-) -> TrainState:
-    """The state before the first step: new, or with the weights of `source`, see `warm_source`."""
-    if source is None:
-        return run.init(root)
-    new, count = new_arrays(run.state.ema, source.weights), len(jax.tree.leaves(run.state.ema))
-    listed = f"; new: {', '.join(first_ten(new))}" if new else ""
-    restored = f"restored {count - len(new)} of {count} arrays"
-    say(f"{restored} of {config.train.init_from}{listed}", STDOUT)
-    if renamed := class_differences(source.dataset, dataset):
-        say(f"its classes were others: {'; '.join(renamed[:SHOWN])}", STDOUT)
-    return warm_started(run.init(root), source.weights)
-
-
-def check_data(workdir: Path, step: int, dataset: Identity) -> None:
-    """Raises InvalidValue where a checkpoint was trained on other data than `dataset`."""
-    if "data" in checkpoint.items(workdir, step):
-        before = checkpoint.read_data(workdir, step).get("dataset", {})
-        check_same(before, dataset, "config.data.name", "trains")
-
-
-def resume(
-    run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any, other_data: bool
-) -> TrainState:
-    """The state of a checkpoint; also sets the position of `batches`.
-
-    A converted checkpoint has only weights: training starts from them with a new optimiser.
-    """
-    if step > 0 or "train_state" in checkpoint.items(workdir, step):
-        say(f"resuming from step {step} of {workdir}", STDOUT)
-        items = checkpoint.restore(workdir, step, **trees_of(run.state))
-        position = checkpoint.read_data(workdir, step)
-        if not isinstance(position.get("next_index"), int):
-            said = f"holds no position in the data: {position!r}"
-            raise checkpoint.CheckpointError(f"step {step} of {workdir} {said}")
-        batches.set_state(position, other_data=other_data)
-        return TrainState(ema=items["weights"], **items["train_state"])
-    say(f"{workdir} holds weights only: training starts from them, with a new optimiser", STDOUT)
-    weights = checkpoint.restore(workdir, step, weights=run.state.ema)["weights"]
-    return warm_started(run.init(root), weights)
-
-
-def trees_of(state: TrainState) -> dict[str, Any]:
-    """A state as items of a checkpoint: `weights`, the EMA, and `train_state`, the rest."""
-    rest = {name: value for name, value in vars(state).items() if value is not None}
-    return dict(weights=rest.pop("ema"), train_state=rest)
 
 
 def fetch(pending: list[dict], first: int) -> dict[str, float]:
