@@ -116,6 +116,8 @@ def test_a_second_signal_and_one_before_the_steps_end_the_process(monkeypatch):
 def test_what_was_there_before_is_restored():
     arrived = []
     before = signal.signal(signal.SIGTERM, lambda *_: arrived.append("handler"))
+    # A shell without job control lets what it starts in the background ignore SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     wakeup = signal.set_wakeup_fd(theirs)
@@ -134,6 +136,7 @@ def test_what_was_there_before_is_restored():
     finally:
         assert signal.set_wakeup_fd(wakeup) == theirs
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
         os.close(ours)
         os.close(theirs)
 
