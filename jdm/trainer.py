@@ -33,7 +33,7 @@ from jdm.distributed import Preempted
 from jdm.errors import Failure, InvalidValue
 from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, write_whole
 from jdm.joint import Joint
-from jdm.mesh import by_row, check_batch, make_mesh, of_this_host, share_of_each, to_global
+from jdm.mesh import by_row, make_mesh, of_this_host, share_of_each, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.preemption import Notice, watched
@@ -51,7 +51,7 @@ from jdm.resume import (
 from jdm.startup import release_memory
 from jdm.tracking import MetricLog, Progress, shown
 from jdm.training.augment import POLICIES
-from jdm.training.build import Run, abstract_batch, build
+from jdm.training.build import Run, abstract_batch, build, check_batch_of
 
 
 class NonFiniteError(Failure):
@@ -235,10 +235,8 @@ def evaluation_options(config: ConfigDict) -> EvaluationOptions:
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     """The parts of a run. Raises InvalidValue, from all checks of the config that need no data."""
     facts = check_config_fits(config.data, config.model, config.eval)
-    parts, name = config.exec.accumulate, "config.data.batch_size"
-    name += " / config.exec.accumulate" * (parts > 1)
-    check_batch(config.data.batch_size // parts, mesh, name)
-    run = build(config, mesh)
+    check_batch_of(config, mesh)
+    run, parts = build(config, mesh), config.exec.accumulate
     if POLICIES[config.loss.augment].flips and not facts.flips:
         # Not an error: the published recipes do this, and must stay reproducible.
         warnings.warn(

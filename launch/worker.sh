@@ -12,7 +12,8 @@
 # ends with a status other than 0 and 2 is started again, RESTARTS times at most.
 set -euo pipefail
 
-PATH=$HOME/jdm-venv/bin:$HOME/.local/bin:$PATH
+# Last: on a machine of one's own, the environment that is active comes first.
+PATH=$PATH:$HOME/jdm-venv/bin:$HOME/.local/bin
 MOUNT=/mnt/jdm
 
 install_packages() { # Debian's

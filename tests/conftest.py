@@ -154,14 +154,24 @@ def run(capfd, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def two_processes():
+def free_port():
+    """free_port(): the number of a port that no process listens at."""
+
+    def find() -> int:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            return free.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def two_processes(free_port):
     """two_processes(script, *arguments): how two processes end that run a script, each with two
     devices. Their first arguments are the address of process 0, and the number of the process."""
 
     def call(script: str, *arguments) -> list[subprocess.CompletedProcess]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         options["env"] = {**os.environ, "XLA_FLAGS": devices}

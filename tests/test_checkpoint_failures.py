@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -199,11 +198,9 @@ for shard, want in zip(got.addressable_shards, array(4).addressable_shards, stri
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, free_port):
     workdir = tmp_path / "lr[0-1]"  # a pattern that does not match itself
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(run, MESH + PROCESSES, workdir, port, r, **flags) for r in "01"]

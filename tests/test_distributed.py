@@ -34,12 +34,6 @@ CONFIG = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def by_hand(port: int, index: int, timeout: int = 120) -> list[str]:
     where = f"--coordinator=127.0.0.1:{port}"
     return [where, "--processes=2", f"--process={index}", f"--timeout={timeout}"]
@@ -71,7 +65,7 @@ def losses(workdir) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, free_port):
     """The work folder of a run of two processes, of which process 1 was killed after step 5, and
     how they ended."""
     workdir, port = tmp_path_factory.mktemp("two") / "run", free_port()
@@ -142,7 +136,7 @@ def test_one_process_resumes_what_two_began(two, tmp_path):
         assert loss == pytest.approx(expected[step], abs=1e-5)
 
 
-def test_other_configs_are_refused_in_both_processes(tmp_path):
+def test_other_configs_are_refused_in_both_processes(tmp_path, free_port):
     port, workdir = free_port(), tmp_path / "run"
     ended = finish(
         [start(workdir, *by_hand(port, i), f"--config.optim.lr=0.00{i + 1}") for i in range(2)]
@@ -157,31 +151,31 @@ def test_other_configs_are_refused_in_both_processes(tmp_path):
     assert not workdir.exists()
 
 
-def under_slurm(workdir, *flags) -> list[tuple[int, str, list[str]]]:
+def under_slurm(workdir, port, *flags) -> list[tuple[int, str, list[str]]]:
     """How two processes end that find each other by SLURM's variables; `{}` in a flag is the number
     of the process."""
     found = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="127.0.0.1", SLURM_NTASKS="2")
-    found |= dict(JAX_COORDINATOR_PORT=str(free_port()))
+    found |= dict(JAX_COORDINATOR_PORT=str(port))
     each = [found | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
     numbered = [[flag.format(i) for flag in ("--distributed", *flags)] for i in range(2)]
     return finish([start(workdir, *numbered[i], **each[i]) for i in range(2)])
 
 
-def test_a_cluster_that_jax_finds(one):
-    (status, out, _), (other, silent, lines) = under_slurm(one)
+def test_a_cluster_that_jax_finds(one, free_port):
+    (status, out, _), (other, silent, lines) = under_slurm(one, free_port())
     assert (status, other, lines) == (0, 0, [])
     assert "is trained already: 5 of 5 steps" in out and "trained" not in silent
 
 
-def test_other_configs_are_refused_on_a_cluster(tmp_path):
+def test_other_configs_are_refused_on_a_cluster(tmp_path, free_port):
     workdir = tmp_path / "run"
-    for status, _, lines in under_slurm(workdir, "--config.seed={}"):
+    for status, _, lines in under_slurm(workdir, free_port(), "--config.seed={}"):
         assert status == 2
         assert lines[-1].endswith("config.seed=1 instead of 0") and "jdm train: " in lines[-1]
     assert not workdir.exists()
 
 
-def test_a_process_that_does_not_come_is_named(run, tmp_path, monkeypatch):
+def test_a_process_that_does_not_come_is_named(run, tmp_path, monkeypatch, free_port):
     monkeypatch.setattr(connections, "EVERY", 0.3)
     port = free_port()
     train = ["train", "--config=tiny", f"--workdir={tmp_path / 'run'}"]
@@ -193,7 +187,7 @@ def test_a_process_that_does_not_come_is_named(run, tmp_path, monkeypatch):
     assert waiting and "1 of 2 processes are there; missing: 1" in waiting[0]
 
 
-def test_a_coordinator_that_cannot_be_reached_is_named(run, tmp_path, monkeypatch):
+def test_a_coordinator_that_cannot_be_reached_is_named(run, tmp_path, monkeypatch, free_port):
     said = []
     monkeypatch.setattr("jdm.distributed.only_alerts", said.append)  # for the whole process
     port = free_port()
@@ -265,7 +259,7 @@ def meet(port, facts, count=None, timeout=20.0, hold=None) -> list:
     return found
 
 
-def test_what_is_no_process_is_ignored():
+def test_what_is_no_process_is_ignored(free_port):
     port, junk = free_port(), []
 
     def disturb():
@@ -290,20 +284,20 @@ def test_what_is_no_process_is_ignored():
     assert isinstance(found[0], Links) and len(junk) == 4
 
 
-def test_every_process_hears_which_differs():
+def test_every_process_hears_which_differs(free_port):
     facts = [(0, {"a": 1, "b": 2}), (1, {"a": 1, "b": 2}), (2, {"a": 1, "b": 3})]
     found = {str(one) for one in meet(free_port(), facts)}
     assert len(found) == 1
     assert "process 2 of 3" in found.pop()
 
 
-def test_a_number_that_two_processes_have_is_named():
+def test_a_number_that_two_processes_have_is_named(free_port):
     facts = [(0, {}), (1, {}), (1, {})]
     found = meet(free_port(), facts, count=3)
     assert all("process 1 is the number of two processes" in str(one) for one in found)
 
 
-def test_devices_are_compared_and_an_end_is_told_to_all():
+def test_devices_are_compared_and_an_end_is_told_to_all(free_port):
     zero, one, two = meet(free_port(), [(i, {}) for i in range(3)])
     found: queue.Queue = queue.Queue()
 
@@ -334,7 +328,7 @@ def test_devices_are_compared_and_an_end_is_told_to_all():
     assert all("process 2 of 3" in said and status == 1 for _, said, status in told)
 
 
-def test_a_process_that_is_done_ends_nobody():
+def test_a_process_that_is_done_ends_nobody(free_port):
     zero, one = meet(free_port(), [(0, {}), (1, {})])
     ended: queue.Queue = queue.Queue()
     zero.watch(lambda *told: ended.put(told))

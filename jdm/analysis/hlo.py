@@ -4,8 +4,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-COLLECTIVES = (*("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),)
-BITS = {"pred": 8, "bf16": 16, "u4": 4, "s4": 4, "token": 0}  # of other types the digits say it
+COLLECTIVES = "all-reduce all-gather reduce-scatter all-to-all collective-permute".split()
 
 
 def products(jaxpr: Any) -> int:
@@ -53,7 +52,8 @@ def size_of(types: str) -> int:
     """Bytes of the arrays in a type of HLO, such as (f32[2,3]{1,0}, bf16[4]); without padding."""
     total = 0
     for kind, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", types):
-        bits = BITS[kind] if kind in BITS else int(re.sub(r"\D.*", "", kind.lstrip("abcdefsu")))
+        digits = re.search(r"\d+", kind)  # bf16, s32, f8e4m3fn; none in pred, token and opaque
+        bits = int(digits[0]) if digits else 8 if kind == "pred" else 0
         total += math.prod(map(int, filter(None, shape.split(",")))) * bits // 8
     return total
 

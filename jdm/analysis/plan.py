@@ -14,7 +14,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ from ml_collections import ConfigDict
 import jdm
 from jdm.analysis.hlo import collectives, largest_buffers, products
 from jdm.analysis.plan_options import CHIPS, Chip
-from jdm.config import config_to_dict
+from jdm.config import check_config, config_to_dict
 from jdm.diffusion.guidance import chosen
 from jdm.diffusion.method import Method
 from jdm.errors import Failure, InvalidValue
 from jdm.files import read_json, write_whole
-from jdm.mesh import by_row, check_batch, make_mesh, replicated
+from jdm.mesh import by_row, make_mesh, replicated
 from jdm.messages import say
 from jdm.numerics import fixed_flags, key_of
 from jdm.sampling.programs import trace_sampler
 from jdm.sampling.request import Recipe
 from jdm.startup import cache_folder
 from jdm.target import compiling_for
-from jdm.training.build import abstract_batch, build
+from jdm.training.build import abstract_batch, build, check_batch_of
 
 SAID_EVERY = 30  # seconds between lines while a program is compiled
 
@@ -78,32 +78,44 @@ def _sent(kind: str, size: int) -> int:
     return 2 * size if kind == "all-reduce" else size
 
 
-@fixed_flags()
-def plan(config: ConfigDict, topology: str, per_chip: int | None = None) -> dict[str, Step]:
-    """{"training step": …, "guided sampling step": …} on a slice such as "v5e:4x4".
+def plans(
+    config: ConfigDict, topologies: Sequence[str], per_chip: int | None = None
+) -> dict[str, dict[str, Step]]:
+    """{topology: {"training step": …, "sampling step, pixel guidance": …}} for slices such as
+    "v5e:4x4"; the second only of a config that trains both the diffusion model and the classifier.
 
-    per_chip: images of each chip in a step; None is config.data.batch_size over the chips. The
-    result is kept in the user's cache, for the same config, slice, and versions.
+    per_chip: images of each chip in a step; None is config.data.batch_size over the chips. Results
+    are kept in the user's cache, for the same config, slice, code and versions.
 
-    Raises InvalidValue for a slice that libtpu does not know, and a batch that does not divide;
-    Failure where libtpu is missing.
+    Raises InvalidValue for a slice that libtpu does not know, and a batch that does not divide,
+    before anything is compiled; Failure where libtpu is missing.
     """
-    devices = devices_of(topology)
-    batch = config.data.batch_size if per_chip is None else per_chip * len(devices)
+    on = {name: _on(config, name, per_chip) for name in topologies}
+    return {name: _plan(name, *each) for name, each in on.items()}
+
+
+def _on(config: ConfigDict, topology: str, per_chip: int | None) -> tuple[ConfigDict, Mesh]:
+    """(the config with the batch of this slice, its mesh)."""
+    mesh = make_mesh(devices_of(topology))
     config = ConfigDict(config.to_dict())
-    config.data.batch_size = batch
-    mesh = make_mesh(devices)
-    parts = config.exec.accumulate
-    name = "config.data.batch_size" + " / config.exec.accumulate" * (parts > 1)
-    check_batch(batch // parts, mesh, name)
+    if per_chip is not None:
+        config.data.batch_size = per_chip * mesh.size
+        check_config(config)
+    check_batch_of(config, mesh)
+    return config, mesh
+
+
+@fixed_flags()
+def _plan(topology: str, config: ConfigDict, mesh: Mesh) -> dict[str, Step]:
+    """The steps of a config on a slice."""
     kept = _kept(config, topology)
     if kept is not None and kept.exists():
         return {name: Step(**step) for name, step in read_json(kept).items()}
+    rows = config.data.batch_size // mesh.size
     with compiling_for("tpu"):
-        lowered = dict(_lowered(config, mesh))
         steps = {
-            name: _compiled(program, f"{name} for {topology}", batch // len(devices), count)
-            for name, (program, count) in lowered.items()
+            name: _compiled(program, f"{name} for {topology}", rows, count)
+            for name, program, count in list(_lowered(config, mesh))
         }
     if kept is not None:
         write_whole(kept, json.dumps({k: dataclasses.asdict(s) for k, s in steps.items()}))
@@ -111,33 +123,33 @@ def plan(config: ConfigDict, topology: str, per_chip: int | None = None) -> dict
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice. Raises InvalidValue and Failure, see `plan`."""
+    """The devices of a slice. Raises InvalidValue and Failure, see `plans`."""
     if importlib.util.find_spec("libtpu") is None:
         raise Failure("compiling for a TPU needs libtpu: pip install 'jdm[plan]'")
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # its type depends on what is wrong
+    except (RuntimeError, ValueError) as error:  # which one depends on what is wrong
         said = re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0])
         hint = "--topology=list shows common ones"
         raise InvalidValue("topology", topology, f"is refused by libtpu: {said}", hint) from None
 
 
-def _lowered(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[str, tuple[Any, float]]]:
-    """The programs, lowered, each with the operations of its products on a chip."""
+def _lowered(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[str, Any, float]]:
+    """(name, lowered program, operations of its products on a chip)."""
     whole, key = replicated(mesh), key_of(0)
     run = build(config, mesh)
     root = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     traced = run.step.trace(run.state, abstract_batch(config, by_row(mesh)), root)
-    yield "training step", (traced.lower(), products(traced.jaxpr.jaxpr) / mesh.size)
+    yield "training step", traced.lower(), products(traced.jaxpr.jaxpr) / mesh.size
     terms = config.loss.terms
     if "diffusion" in terms and "classifier" in terms:
         method = chosen(dataclasses.replace(Method(), steps=1), labelled=True)
         rows = config.data.batch_size
         traced = trace_sampler(run.model, None, run.diffusion, Recipe(method), mesh, rows)
         count = products(traced.jaxpr.jaxpr) / mesh.size
-        yield f"sampling step, {method.guidance} guidance", (traced.lower(), count)
+        yield f"sampling step, {method.guidance} guidance", traced.lower(), count
 
 
 def _compiled(lowered: Any, name: str, rows: int, count: float) -> Step:
@@ -236,6 +248,7 @@ def figures(step: Step, topology: str, config: ConfigDict) -> dict[str, Any]:
     if least and not step.error:
         shown |= {
             "bound_by": max(bounds, key=bounds.__getitem__),
+            "ms_at_least": 1e3 * least,
             "images_a_second_at_most": images / least,
             "mfu_at_most": bounds["compute"] / least,
             "hours_at_least": config.train.steps * least / 3600,
@@ -274,7 +287,7 @@ def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
         row("GB of memory traffic a chip", where("traffic_gb_a_chip", "{:.3g}")),
         row("MB through collectives", sent),
         row("bound by", where("bound_by", "{}")),
-        row("ms a step, at least", lambda o: f"{1e3 * max(o['bounds_seconds'].values()):.3g}"),
+        row("ms a step, at least", where("ms_at_least", "{:.3g}")),
         row("images a second, at most", where("images_a_second_at_most", "{:,.0f}")),
         row("MFU, at most", where("mfu_at_most", "{:.0%}")),
     ]

@@ -66,10 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     if os.environ.pop("XLA_FLAGS", ""):  # libtpu aborts the process at flags of another platform
         say("$XLA_FLAGS is not used: it is for the devices of this machine")
     startup.set_up()
-    from jdm.analysis.plan import plan, report, rows_of
+    from jdm.analysis.plan import plans, report, rows_of
     from jdm.analysis.report import table
 
-    found = report(config, {name: plan(config, name, per_chip) for name in topologies})
+    found = report(config, plans(config, topologies, per_chip))
     for name in next(iter(found.values())):
         print("\n".join([name, "", *table(rows_of(name, found))]))
     say("bounds from XLA's counts, not times that were measured", STDOUT)

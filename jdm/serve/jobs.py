@@ -148,5 +148,6 @@ def connect(
         concurrency_id="model",
         api_name=name,
     )
-    event.then(None, status, status, js=show.STOPPED_IF_BUSY, **quick)
+    for ended in (event.then, event.failure):  # a full queue is a failure, which Gradio explains
+        ended(None, status, status, js=show.STOPPED_IF_BUSY, **quick)
     stop.click(None, cancels=[event], **quick)

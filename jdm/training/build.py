@@ -17,7 +17,7 @@ from optax import GradientTransformation
 from jdm import names
 from jdm.diffusion.process import Diffusion
 from jdm.errors import InvalidValue
-from jdm.mesh import replicated, shardings
+from jdm.mesh import check_batch, replicated, shardings
 from jdm.nn.model import JointModel, example_inputs, make_model
 from jdm.numerics import key_of
 from jdm.target import platform
@@ -148,6 +148,13 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh, name: str) -> Tr
     rest = {field: getattr(state, field) for field in ("step", "batch_stats", "t_history")}
     split = {field: getattr(state, field) for field in ("params", "ema", "optimiser")}
     return TrainState(**shardings(rest, mesh, "data"), **shardings(split, mesh, name))
+
+
+def check_batch_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises InvalidValue where the batch does not divide by the devices, in each of its parts."""
+    parts, name = config.exec.accumulate, "config.data.batch_size"
+    name += " / config.exec.accumulate" * (parts > 1)
+    check_batch(config.data.batch_size // parts, mesh, name)
 
 
 def abstract_batch(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jdm.analysis.hlo import Buffer, collectives, largest_buffers, products
 from jdm.analysis.plan import Step
 from jdm.analysis.plan_options import CHIPS
 from jdm.config import load_config
+from jdm.errors import InvalidValue
 from jdm.target import compiling_for, platform
 
 TEXT = """
@@ -69,6 +70,7 @@ def test_a_convolution_counts_its_images_alone_and_its_two_derivatives_as_much(s
 
 def test_the_text_of_a_program_is_read():
     assert hlo.size_of("(f32[2,3]{1,0}, bf16[4], s32[], pred[5])") == 24 + 8 + 4 + 5
+    assert hlo.size_of("(f8e4m3fn[3], u4[2], token[], opaque[])") == 3 + 1
     assert collectives(TEXT) == {"all-reduce": 32 + 12 + 6, "all-gather": 32}
     first, *others = largest_buffers(TEXT)
     assert first == Buffer(1024, "bf16[64,8]", "jit(step)/conv")
@@ -89,6 +91,7 @@ def test_what_follows_from_the_counts(monkeypatch):
     large = plan.figures(Step(8, error="Used 20G of 16G"), "v5e:2x2", config)
     cells = plan.rows_of("training step", {"v5e:2x2": {"training step": large}})
     assert ["memory of a chip", "does not fit"] in cells
+    assert ["ms a step, at least", ""] in cells  # no speed of what does not fit
     too = plan.figures(Step(8, memory=17 * 2**30), "v5e:2x2", config)
     assert not too["fits"]
 
@@ -125,6 +128,21 @@ def test_slices_are_listed(run):
     assert done.returncode == 0
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(CHIPS)
     assert "v5e:4x4" in done.stdout
+
+
+def test_every_slice_is_checked_before_one_is_compiled(monkeypatch):
+    def devices(topology):
+        if topology == "v5e:3x3":
+            raise InvalidValue("topology", topology, "is refused")
+        return jax.devices()
+
+    monkeypatch.setattr(plan, "devices_of", devices)
+    monkeypatch.setattr(plan, "_plan", lambda *_: pytest.fail("it was compiled"))
+    with pytest.raises(InvalidValue, match="v5e:3x3"):
+        plan.plans(load_config("tiny"), ["v5e:1x1", "v5e:3x3"])
+    accumulating = load_config("tiny", ["--config.exec.accumulate=2"])
+    with pytest.raises(InvalidValue, match="=5 does not divide by config.exec.accumulate=2"):
+        plan.plans(accumulating, ["v5e:1x1"], per_chip=5)
 
 
 def test_without_libtpu(run, monkeypatch):

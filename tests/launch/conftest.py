@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +59,6 @@ def machine(tmp_path):
 
 
 @pytest.fixture
-def port() -> str:
+def port(free_port) -> str:
     """The number of a port that is free."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
+    return str(free_port())
