@@ -13,8 +13,10 @@ position of a training run, and is valid for any number of hosts.
 """
 
 import ast
+import contextlib
 import functools
 import linecache
+import multiprocessing.resource_tracker
 import signal
 import sys
 import traceback
@@ -83,7 +85,8 @@ class TrainBatches(Iterator[Batch]):
         self.set_state({"next_index": 0})
 
     def __next__(self) -> Batch:
-        batch = next(self._ahead)
+        with _sigterm_blocked() if self._workers else contextlib.nullcontext():
+            batch = next(self._ahead)  # the first starts the workers
         self._next += 1
         return batch
 
@@ -114,17 +117,27 @@ class TrainBatches(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():  # grain reads a flag, which absl.app would parse
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_sigterm)
+            batches = batches.mp_prefetch(options)
         self._ahead = iter(batches)
         # Closed at exit at the latest: workers print errors when the interpreter ends before them.
         # Older versions of grain have no `close`.
         self._close = weakref.finalize(self, getattr(self._ahead, "close", lambda: None))
 
 
-def _ignore_sigterm(worker: int, workers: int) -> None:
-    """In a worker. Clusters send SIGTERM to all processes of a job; the run goes on to its next
-    checkpoint, and ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Blocks SIGTERM in this thread, and in the processes that it starts, for as long as these live.
+
+    Clusters send SIGTERM to all processes of a job; the run goes on to its next checkpoint, and
+    ends its workers itself. A worker that ignored it only once it runs could be ended while it
+    starts. Of this process, any other thread may take the signal meanwhile.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # starting it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_main_guard(workers: int) -> None:

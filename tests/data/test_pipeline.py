@@ -1,9 +1,11 @@
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import chex
 import numpy as np
@@ -106,12 +108,21 @@ def test_a_position_saved_by_one_host_holds_for_two():
     assert sum((rows_of(next(batches)) for batches in pair), []) == rows_of(next(alone))
 
 
-def test_workers_yield_the_same_batches_and_continue_exactly(digits_dir):
+def test_workers_yield_the_same_batches_and_continue_exactly(digits_dir, request):
     def batches(workers: int):
         options = ReadOptions(digits_dir, workers=workers)
         arrays = training_set("digits", options, seed=0, limit=40)
         return train_batches(*arrays, batch_size=16, seed=1, workers=workers)
 
+    def end_workers():  # as clusters do, before they kill; also while workers are starting
+        while not ended.wait(0.01):
+            for worker in multiprocessing.active_children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGTERM)
+
+    ended = threading.Event()
+    request.addfinalizer(ended.set)
+    threading.Thread(target=end_workers, daemon=True).start()
     alone, pair = batches(0), batches(2)
     for position in (0, 7):  # 40 images: across the ends of epochs
         alone.set_state({"next_index": position})
@@ -119,8 +130,6 @@ def test_workers_yield_the_same_batches_and_continue_exactly(digits_dir):
         for _ in range(12):  # more than are read ahead
             expected, found = next(alone), next(pair)
             chex.assert_trees_all_equal(expected, found, strict=True)
-            for worker in multiprocessing.active_children():  # as clusters do, before they kill
-                os.kill(worker.pid, signal.SIGTERM)
         state = {"next_index": position + 12, "images": 40}
         assert pair.get_state() == alone.get_state() == state
 
@@ -223,6 +232,7 @@ train(load_config("tiny", ["--config.data.workers=1"]), "w")
 """
 GUARDED = """
 import sys
+import threading
 from jdm.data.pipeline import check_main_guard
 def start():
     check_main_guard(1)
