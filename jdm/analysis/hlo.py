@@ -63,14 +63,19 @@ _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\("
 
 def collectives(text: str) -> dict[str, int]:
     """{kind: bytes of the results, on each device} of the collectives in the text of a program. One
-    in a loop counts once."""
-    found = dict.fromkeys(COLLECTIVES, 0)
+    in a loop counts once. So does one that is repeated in the text: XLA for TPUs writes a
+    collective that runs beside other operations into each of these, with the same channel."""
+    found, channels = dict.fromkeys(COLLECTIVES, 0), set()
     for line in text.splitlines():
         if (match := _OPERATION.match(line)) is None:
             continue
         _, types, operation = match.groups()
         kind = operation.removesuffix("-start")
         if kind in found:
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and channel[1] in channels:
+                continue
+            channels.add(channel and channel[1])
             each = [size_of(one) for one in re.findall(r"[a-z]\w*\[[\d,]*\]", types)]
             # The result of a start holds the operands too, which are no larger.
             pairs = operation != kind and kind != "all-reduce"

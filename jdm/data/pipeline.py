@@ -126,7 +126,7 @@ class TrainBatches(Iterator[Batch]):
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Blocks SIGTERM in this thread, and in the processes that it starts, for as long as these live.
+    """Blocks SIGTERM in this thread, and in each process that it starts, until that one ends.
 
     Clusters send SIGTERM to all processes of a job; the run goes on to its next checkpoint, and
     ends its workers itself. A worker that ignored it only once it runs could be ended while it

@@ -15,6 +15,7 @@ of a batch add up to its loss, wherever its labels are (except under batch norma
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,13 +107,13 @@ class JointLoss:
             """{input: result}: one call for all inputs, because a head may normalise over rows."""
             if not args:
                 return {}
-            joined = jax.tree.map(lambda *x: jnp.concatenate(x), *args.values())
+            joined = jax.tree.map(lambda *x: _in_turn(x), *args.values())
             found, updated = self.model.apply(
                 weights, *joined, train=True, method=method, rngs=rngs, mutable=["batch_stats"]
             )
             weights.update(updated)
             leaves, structure = jax.tree.flatten(found)
-            parts = zip(*(jnp.split(leaf, len(args)) for leaf in leaves), strict=True)
+            parts = zip(*(_separated(leaf, len(args)) for leaf in leaves), strict=True)
             return dict(zip(args, (jax.tree.unflatten(structure, p) for p in parts), strict=True))
 
         inputs = rows.inputs
@@ -129,3 +130,17 @@ class JointLoss:
             loss += (rows.shares[name] * values[name]).sum()  # (9)
             metrics |= logged
         return loss, (weights["batch_stats"], metrics, values)
+
+
+def _in_turn(inputs: Sequence[Array]) -> Array:
+    """The rows of n arrays [B, ...] as one [n · B, ...]: row 0 of each, row 1 of each, and so on.
+
+    So each device, which has some of the rows of every array, has the same rows of the result:
+    one array after the other would move half of all representations between devices.
+    """
+    return jnp.stack(inputs, axis=1).reshape(-1, *inputs[0].shape[1:])
+
+
+def _separated(rows: Array, n: int) -> list[Array]:
+    """The n arrays of which `_in_turn` made rows."""
+    return [rows.reshape(-1, n, *rows.shape[1:])[:, i] for i in range(n)]

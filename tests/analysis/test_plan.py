@@ -27,6 +27,14 @@ HloModule jit_step, num_partitions=4
   ROOT %r = f32[8]{0} all-reduce(f32[8]{0} %p), replica_groups={}
 }
 
+%beside (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(f32[8]{0} %p), channel_id=12, replica_groups={}
+}
+
+%beside.1 (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(f32[8]{0} %p), channel_id=12, replica_groups={}
+}
+
 ENTRY %main (a: f32[8,8]) -> f32[4] {
   %a = f32[8,8]{1,0} parameter(0)
   %big = bf16[64,8]{1,0:T(8,128)} fusion(%a), kind=kLoop, metadata={op_name="jit(step)/conv"}
@@ -71,7 +79,7 @@ def test_a_convolution_counts_its_images_alone_and_its_two_derivatives_as_much(s
 def test_the_text_of_a_program_is_read():
     assert hlo.size_of("(f32[2,3]{1,0}, bf16[4], s32[], pred[5])") == 24 + 8 + 4 + 5
     assert hlo.size_of("(f8e4m3fn[3], u4[2], token[], opaque[])") == 3 + 1
-    assert collectives(TEXT) == {"all-reduce": 32 + 12 + 6, "all-gather": 32}
+    assert collectives(TEXT) == {"all-reduce": 32 + 32 + 12 + 6, "all-gather": 32}
     first, *others = largest_buffers(TEXT)
     assert first == Buffer(1024, "bf16[64,8]", "jit(step)/conv")
     assert max(one.bytes for one in others) == 32  # S(1) is not in the chip's memory

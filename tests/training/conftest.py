@@ -135,7 +135,8 @@ def rows_of(loss_fn, batch=BATCH, drawn=None, step=0):
 
 
 def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, batch_stats=(), **changed):
-    """The loss, sums and counts of the metrics, and what the encoder saw.
+    """The loss, sums and counts of the metrics, and what the encoder saw, input after input: x and
+    t of the noised images, then of the clean ones.
 
     Not compiled: small operations are compiled once for all tests, a whole loss for each.
     """
@@ -143,7 +144,9 @@ def evaluate(loss_fn, params=PARAMS, batch=BATCH, step=0, batch_stats=(), **chan
     CALLED.clear()
     rows = rows_of(loss_fn, batch, keys(**changed), step)
     loss, (batch_stats, metrics, _) = loss_fn(params, dict(batch_stats), rows, keys()["dropout"])
-    ((x, t),) = SEEN  # one encoder pass
+    (seen,) = SEEN  # one encoder pass, in which the first images of all inputs come first
+    n = len(rows.inputs)
+    x, t = (jnp.concatenate([each[i::n] for i in range(n)]) for each in seen)
     return SimpleNamespace(
         loss=float(loss),
         sums={name: float(total) for name, (total, _) in metrics.items()},
