@@ -24,15 +24,15 @@ FLAGS = """
 """.split()
 
 
-def start(folder: Path, *flags: str) -> SimpleNamespace:
-    """jdm serve in an empty folder: its url, process, and folders."""
+def start(folder: Path, *flags: str, env: dict[str, str] | None = None) -> SimpleNamespace:
+    """jdm serve in an empty folder: its url, process, and folders. env: by default this one's."""
     cwd, temporary = folder / "cwd", folder / "tmp"
     cwd.mkdir()
     temporary.mkdir()
     jdm = Path(sys.executable).with_name("jdm")
     command = [jdm, "serve", "--checkpoint=digits", "--port=0", *flags]
     log = (folder / "log").open("w")
-    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    env = {**(env or os.environ), "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=log, text=True
     )
@@ -78,9 +78,9 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, optimised):
     pytest.importorskip("gradio", reason="the page needs the extra serve")
-    running = start(tmp_path_factory.mktemp("serve"))
+    running = start(tmp_path_factory.mktemp("serve"), env=optimised)
     yield running
     if running.process.poll() is None:
         _stop(running)
