@@ -46,7 +46,7 @@ PIP := $(BIN)/pip install --quiet --no-compile
 # PyTorch is for the tests of jdm convert, at the version of constraints.txt.
 .venv/installed-test: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable '.[test,torch,serve]' --constraint constraints.txt
+	$(PIP) --editable '.[test,torch,serve,gcs]' --constraint constraints.txt
 	touch .venv/installed $@
 
 clean:  ## remove the environment and caches

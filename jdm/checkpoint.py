@@ -7,15 +7,16 @@ Owns `<workdir>/checkpoints/` and everything in it:
                        data/             position of the input pipeline, JSON
                        config/           the resolved config, JSON
                        checksums.json    SHA-256 of every other file, {relative path: hex digest}
-    checkpoints/<step>.partial           an interrupted save; the next save removes it
+    checkpoints/<step>.partial           an interrupted save; the next save removes it. In a bucket
+                                         it is a <step> without checksums.json
     checkpoints/<step>.bad               a damaged step that was set aside; never deleted
     checkpoints/<step>.kept              what a person had put into a step that was deleted
 
 Two promises. A step has its final name only when it is complete: its files are written to another
 folder, read back (the names, shapes and dtypes of all arrays, not their values), synced, and
-renamed once. (Object stores rename file by file; there the checksums show whether all files have
-arrived.) And only what was saved is restored: Orbax does not notice a flipped bit, so files are
-compared with their checksums first.
+renamed once. A bucket cannot rename: there a step counts from the moment that its checksums are
+there, which are written last and deleted first. And only what was saved is restored: Orbax does not
+notice a flipped bit, so files are compared with their checksums first.
 
 Does not own what the trees hold, when to save, the other files of the work folder, or where arrays
 are placed: the caller's abstract targets carry the shardings. One job at a time writes to a work
@@ -24,7 +25,6 @@ together, on one shared file system.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -38,10 +38,22 @@ from jaxtyping import PyTree
 
 from jdm import distributed
 from jdm.errors import NO_VALUE, Failure, InvalidValue
-from jdm.files import read_json
+from jdm.files import BUCKET
 from jdm.messages import STDOUT, say
 from jdm.orbax import HANDLERS, checkpointer, literal, quiet
-from jdm.step_files import ASIDE, CHECKSUMS, PARTIAL, files_of, free, sweep, sweep_failed, walk
+from jdm.step_files import (
+    ASIDE,
+    CHECKSUMS,
+    PARTIAL,
+    discard,
+    files_of,
+    free,
+    steps_of,
+    sweep,
+    sweep_failed,
+    unfinished,
+)
+from jdm.storage import BucketError, storage_of
 from jdm.trees import differences, leaves
 
 
@@ -75,8 +87,8 @@ def save(
     if keep < 1:
         raise InvalidValue("keep", keep, "must be 1 or more")
     folder = _folder(workdir)
-    final, partial = folder / str(step), folder / f"{step}.partial"
-    if final.exists():
+    storage, final, partial = storage_of(folder), folder / str(step), unfinished(folder, step)
+    if step in steps_of(folder) or (storage.renames and final.exists()):
         raise CheckpointError(f"{final} exists already and is not overwritten")
     items = dict(weights=weights, train_state=train_state, data=data, config=config)
     items = {item: value for item, value in items.items() if value is not None}
@@ -85,7 +97,8 @@ def save(
     writer = distributed.is_main()
     try:
         if writer:
-            folder.mkdir(parents=True, exist_ok=True)
+            if storage.renames:
+                folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
             if partial.exists():
                 raise FileExistsError(f"{partial} is a file or a link: move it away")
@@ -94,9 +107,7 @@ def save(
                 writing.save(plain / partial.name, args=ocp.args.Composite(**args))
             _check_saved(plain / partial.name, items)
         if writer:
-            _seal(partial)
-            partial.rename(final)
-            _sync(folder)
+            _seal(partial, final)
     except Exception as error:  # Orbax, tensorstore and the OS each raise types of their own
         if writer:
             sweep_failed(folder)
@@ -106,27 +117,21 @@ def save(
         for old in [s for s in steps(workdir)[:-keep] if s not in (step, spared)]:
             if keep_every and old % keep_every == 0:
                 continue
-            try:  # renamed first, so that a half-deleted step does not have its final name
-                (folder / str(old)).rename(folder / f"{old}.partial")
-                sweep(folder)
-            except OSError as error:
+            try:
+                discard(folder / str(old))
+            except (OSError, BucketError) as error:
                 raise CheckpointError(f"saved {final}, could not delete {old}: {error}") from error
     distributed.barrier(f"checkpoint.save {step}")
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps with a final name, ascending; [] where there are none. Reads no checksums."""
-    folder = _folder(workdir)
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    """The finished steps, ascending; [] where there are none. Reads no checksums."""
+    return steps_of(_folder(workdir))
 
 
 def items(workdir: epath.PathLike, step: int) -> set[str]:
     """The items that a step has, as names of HANDLERS."""
-    root = _folder(workdir) / str(step)
-    return {item for item in HANDLERS if (root / item).is_dir()}
+    return _items(_folder(workdir) / str(step))
 
 
 def newest(workdir: epath.PathLike) -> int:
@@ -155,12 +160,12 @@ def newest_whole(workdir: epath.PathLike) -> int | None:
             else:
                 found = step
                 break
-        aside = folder.is_dir() and any(ASIDE.fullmatch(path.name) for path in folder.iterdir())
+        aside = any(ASIDE.fullmatch(name) for name in storage_of(folder).names(folder))
         if found < 0 and (damaged or aside):
             found = -2
         for step, why in damaged.items() if found >= 0 else ():
             bad = free(folder / f"{step}.bad")
-            (folder / str(step)).rename(bad)
+            storage_of(folder).move(folder / str(step), bad)
             say(f"set aside a damaged checkpoint as {bad}: {why}", STDOUT)
     found = int(distributed.from_main(found))
     if found == -2:
@@ -180,19 +185,20 @@ def verify(workdir: epath.PathLike, step: int, *, items: Iterable[str] = tuple(H
     of an item has one. Files that are not listed are ignored: the system or a person added them.
     """
     root, items = _folder(workdir) / str(step), set(items)
-    if not root.is_dir():
+    if root.name not in storage_of(root).folders(root.parent):
         raise CheckpointError(_absent(root.parent, f"checkpoint of step {step}"))
     expected, files = _checksums(root), files_of(root)
-    for name in sorted(expected):
-        top = name.partition("/")[0]
-        if top in HANDLERS and top not in items:
-            continue
+    tops = {name: name.partition("/")[0] for name in sorted(expected)}
+    compared = [name for name, top in tops.items() if top in items or top not in HANDLERS]
+    for name in compared:
         if name not in files:
             raise CheckpointError(f"{root / name} is missing")
-        if _digest(files[name]) != expected[name]:
+    found = storage_of(root).digests(files[name] for name in compared)
+    for name, digest in zip(compared, found, strict=True):
+        if digest != expected[name]:
             raise CheckpointError(f"{root / name} is damaged: it differs from its checksum")
-    for item in items:
-        if (root / item).is_dir() and not any(name.startswith(f"{item}/") for name in expected):
+    for item in items & _items(root):
+        if not any(name.startswith(f"{item}/") for name in expected):
             raise CheckpointError(f"{root / item} is not listed in {CHECKSUMS}")
 
 
@@ -252,8 +258,9 @@ def _read(
     """{item: abstract target, or None for JSON} -> {item: what was saved}."""
     verify(workdir, step, items=targets)
     root = _folder(workdir) / str(step)
+    held = _items(root)
     for item in targets:
-        if not (root / item).is_dir():
+        if item not in held:
             raise CheckpointError(f"{root} holds no {item}")
     with literal(root.parent) as plain:
         for item, target in targets.items():
@@ -310,51 +317,45 @@ def _widens(saved: Any, wanted: Any) -> bool:
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
     path = os.fspath(workdir)  # tensorstore needs an absolute path or a URL
-    return epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+    return epath.Path(path if path.startswith(BUCKET) else os.path.abspath(path)) / "checkpoints"
+
+
+def _items(root: epath.Path) -> set[str]:
+    """The items that the folder of a step holds."""
+    return HANDLERS.keys() & set(storage_of(root).folders(root))
 
 
 def _absent(folder: epath.Path, wanted: str) -> str:
     """The message that a checkpoint is missing, with the names of what is there instead."""
-    if not folder.is_dir():
+    storage = storage_of(folder)
+    names = sorted(storage.names(folder))
+    if not names and not (storage.renames and folder.is_dir()):
         return f"no {wanted} in {folder}, which does not exist"
-    names = sorted(path.name for path in folder.iterdir())
-    found = [f"{n} (an interrupted save)" if PARTIAL.fullmatch(n) else n for n in names]
+    partial = [n for n in names if PARTIAL.fullmatch(n) or (not storage.renames and n.isdecimal())]
+    found = [f"{n} (an interrupted save)" if n in partial else n for n in names]
     return f"no {wanted} in {folder}, which holds {', '.join(found) or 'nothing'}"
 
 
 def _checksums(root: epath.Path) -> dict[str, Any]:
     """{relative path: hex digest} of a step. Raises CheckpointError where they cannot be read."""
     try:
-        return read_json(root / CHECKSUMS)
+        return storage_of(root).read_json(root / CHECKSUMS)
     except FileNotFoundError:
         raise CheckpointError(f"{root / CHECKSUMS} is missing") from None
+    except BucketError:
+        raise
     except Failure as error:
         raise CheckpointError(str(error)) from None
 
 
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(root: epath.Path) -> None:
-    """Writes the checksums and syncs all of `root`; data must reach the disk before the rename."""
-    for path in walk(root):
+def _seal(root: epath.Path, final: epath.Path) -> None:
+    """Writes the checksums of what was written, and so finishes the step."""
+    storage, files = storage_of(root), files_of(root)
+    for path in files.values():
         # On object stores Orbax needs these files to recognise a complete save. They contain paths
         # of this machine, which do not belong in a step that may be published.
         if path.name == "commit_success.txt":
             path.write_text("Checkpoint commit was successful\n")
-    digests = {name: _digest(path) for name, path in sorted(files_of(root).items())}
-    (root / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
-    for path in [*walk(root), root]:
-        _sync(path)
-
-
-def _sync(path: epath.Path) -> None:
-    if "://" in os.fspath(path):  # object stores write durably
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    names = sorted(files)
+    digests = dict(zip(names, storage.digests(files[name] for name in names), strict=True))
+    storage.publish(root, final, CHECKSUMS, json.dumps(digests, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Paths as users write them; files and folders that appear whole or not at all.
 
-Every path that a user gives goes through `local_path`, once and before anything is read or written.
+Every path that a user gives goes through `local_path`, once and before anything is read or written;
+that of a work folder through `location`, which also takes gs://bucket/folder (see jdm.storage).
 Also what belongs to the system in a folder, where the user's home folder is, how JSON that jdm has
 written is read back, how a work folder is kept to one job, and how processes take turns.
 """
@@ -23,6 +24,8 @@ from jdm.errors import NO_VALUE, Failure, InvalidValue
 
 UNFINISHED = "jdm-partial"  # the ending of what is not whole yet
 LOCK = "train.lock"
+BUCKET = "gs://"  # how the address of a folder in a bucket begins
+LOCAL = "a local path is needed here, such as that of a bucket mounted as a folder"
 MARK = ".written-by-jdm"  # the file by which an unfinished folder is known
 
 # What file managers and network file systems add to a folder. It is ignored, and deleted with it.
@@ -40,7 +43,11 @@ def read_json(path: Any) -> dict[str, Any]:
     Raises Failure, one sentence that names the file, where it is damaged; OSError where it cannot
     be opened.
     """
-    content = path.read_bytes()
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Any, content: bytes) -> dict[str, Any]:
+    """See `read_json`. path: of the file whose content it is, for the error."""
     try:
         found = json.loads(content, object_pairs_hook=_once)
         if not isinstance(found, dict):
@@ -148,8 +155,9 @@ def local_path(parameter: str, path: str | os.PathLike) -> str:
         if scheme != "file":
             if scheme == "hf":
                 refuse("is the address of a model; a local path is needed here")
-            mounted = "a local path is needed, such as that of a bucket mounted as a folder"
-            refuse(f"begins with {scheme}://, which is not supported yet", mounted)
+            if scheme == "gs":
+                refuse("is in a bucket", LOCAL)
+            refuse(f"begins with {scheme}://, which is not supported", LOCAL)
         host, slash, rest = re.sub(r"^.{5}(//)?", "", given, count=1).partition("/")
         if host not in ("", "localhost"):
             refuse(f"is a file of the host {host}", "file:///path is a file of this machine")
@@ -162,6 +170,26 @@ def local_path(parameter: str, path: str | os.PathLike) -> str:
     if given.startswith("~") and expanded.startswith("~"):
         refuse("names a user who does not exist", f"./{given} is a path that begins with ~")
     return expanded
+
+
+def location(parameter: str, path: str | os.PathLike) -> str:
+    """The path of a work folder, see `local_path`, or its address in a bucket, gs://bucket/folder.
+
+    Raises InvalidValue, about the parameter, as `local_path` does, and for an address that Google
+    Cloud Storage, gcsfs or Orbax would not understand alike.
+    """
+    given = os.fspath(path)
+    if not (scheme := re.match("gs:/+", given, re.IGNORECASE)):  # pathlib makes one slash of two
+        return local_path(parameter, path)
+    rest = given[scheme.end() :].rstrip("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+(/.+)?", rest):
+        raise InvalidValue(
+            parameter, given, "is not the address of a folder in a bucket: gs://bucket/folder"
+        )
+    if special := re.search(r"[*?#\[\]\\\x00-\x1f]|(^|/)\.{1,2}(/|$)", rest):
+        said = f"has {special[0]!r} in its name, which is not allowed in a bucket"
+        raise InvalidValue(parameter, given, said)
+    return BUCKET + re.sub("/+", "/", rest)
 
 
 def home() -> Path | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jdm.errors import Failure, InvalidValue
-from jdm.files import local_path
+from jdm.files import location
 
 MAIN = "main"  # the branch of an address that names no revision
 LIBRARY = "jdm"  # by which a repository says what can load it
@@ -52,13 +52,13 @@ def address(parameter: str, path: str | os.PathLike) -> Address | None:
 
 
 def model_path(parameter: str, path: str | os.PathLike) -> str:
-    """The path of a model as `jdm.load` takes it: an address as it is, or see `files.local_path`.
+    """The path of a model as `jdm.load` takes it: an address as it is, or see `files.location`.
 
     Raises InvalidValue, about the parameter, for any other URL and a path that cannot be one.
     """
     if address(parameter, path):
         return re.sub(r"^hf:/+", "hf://", os.fspath(path), flags=re.IGNORECASE)
-    return local_path(parameter, path)
+    return location(parameter, path)
 
 
 def fetch(parameter: str, at: Address, names: Sequence[str], check: Callable[[Path], Any]) -> Path:

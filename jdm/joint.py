@@ -25,13 +25,14 @@ from jdm.config import config_from_dict, with_exec
 from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, Failure, InvalidValue
-from jdm.files import local_path
+from jdm.files import location
 from jdm.mesh import local_mesh, replicated
 from jdm.nn.model import JointModel, make_model, weight_shapes
 from jdm.nn.unet import block_names
 from jdm.numerics import fixed_flags
 from jdm.options import POSITIVE, Option, is_float
 from jdm.pretrained import PRETRAINED
+from jdm.storage import storage_of
 
 HALF_LEVEL = 0.5 / 127.5  # of a pixel, for floats in [-1, 1]: rounding to uint8 removes as much
 BEST = "best"  # in place of a step: the checkpoint with the best value of a metric
@@ -157,19 +158,21 @@ class Joint:
 def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) -> Joint:
     """A trained model, from a work folder, one of its checkpoints, the package, or the hub.
 
-    path: a work folder, <work folder>/checkpoints/<step>, the name of a packaged model ("digits"; a
-    work folder of that name is "./digits"), or what `jdm push` has sent: hf://owner/name, with
-    @revision for another one than main, or a folder with these files. step: which checkpoint; None
-    is the newest, and "best" the one with the best value of config.checkpoint.best, which is also
+    path: a work folder (also gs://bucket/folder, see docs/scaling.md), one of its checkpoints,
+    <work folder>/checkpoints/<step>, the name of a packaged model ("digits"; a work folder of that
+    name is "./digits"), or what `jdm push` has sent: hf://owner/name, with @revision for another
+    one than main, or a folder with these files. step: which checkpoint; None is the newest, and
+    "best" the one with the best value of config.checkpoint.best, which is also
     <work folder>/checkpoints/best. exec: values that replace those of the config's section exec,
     such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
     their checksums. The weights are replicated on all devices of this host, as float32 even where
     the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, for a path that is neither local
-    nor on the hub, see hub.model_path, and for a repository that does not exist or holds no model;
-    Failure where the hub cannot be reached, and where the files of a model are damaged.
+    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, for a path that cannot be one, see
+    hub.model_path, for a bucket that does not exist or may not be read, and for a repository that
+    does not exist or holds no model; Failure where the bucket or the hub cannot be reached, and
+    where the files of a model are damaged.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
@@ -180,8 +183,10 @@ def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) ->
         folder = hub.fetch("path", at, model_file.NAMES, lambda file: _check_config(file, at))
         return _of_files(folder, str(at), step, exec)
     packaged = PRETRAINED.get(path) if isinstance(path, str) else None
-    workdir = epath.Path(packaged or local_path("path", path))
-    if model_file.is_model(workdir):
+    workdir = epath.Path(packaged or location("path", path))
+    storage = storage_of(workdir)
+    storage.check("path", workdir)
+    if storage.renames and model_file.is_model(workdir):
         return _of_files(Path(workdir), str(workdir), step, exec)
     named = workdir.name == BEST or workdir.name.isdecimal()
     if workdir.parent.name == "checkpoints" and named and step is None:

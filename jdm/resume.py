@@ -5,10 +5,10 @@ Owns the checks that a work folder is that of the run, and which items of a chec
 """
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from jdm import checkpoint
@@ -16,17 +16,17 @@ from jdm.config import config_from_dict, differences
 from jdm.data.identity import SHOWN, Identity, check_same, class_differences
 from jdm.data.pipeline import TrainBatches
 from jdm.errors import Failure, InvalidValue, first_ten
-from jdm.files import read_json
 from jdm.hub import model_path
 from jdm.joint import Joint, load
 from jdm.messages import STDOUT, say
+from jdm.storage import BucketError, storage_of
 from jdm.training.best import Best
 from jdm.training.build import Run, learning_rate
 from jdm.training.step import TrainState
 from jdm.training.warm import new_arrays, warm_started
 
 
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
+def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Raises InvalidValue where the work folder holds a run with another config.
 
     config.json and the config in the last checkpoint are compared: either may be missing, or be
@@ -36,10 +36,13 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     def refuse(allowed: str, hint: str):
         raise InvalidValue("workdir", str(workdir), allowed, hint)
 
-    path, stored = workdir / "config.json", {}
+    path, stored = epath.Path(workdir) / "config.json", {}
     try:
-        if path.exists():
-            stored[path.name] = read_json(path)
+        stored[path.name] = storage_of(path).read_json(path)
+    except FileNotFoundError:
+        pass
+    except BucketError:
+        raise
     except Failure as error:
         refuse(f"cannot be used: {error}", "move it away; checkpoints hold the config too")
     if saved := checkpoint.stored_config(workdir):
@@ -54,14 +57,14 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             refuse(allowed, "choose another folder, or the same values")
 
 
-def check_data(workdir: Path, step: int, dataset: Identity) -> None:
+def check_data(workdir: epath.PathLike, step: int, dataset: Identity) -> None:
     """Raises InvalidValue where a checkpoint was trained on other data than `dataset`."""
     if "data" in checkpoint.items(workdir, step):
         before = checkpoint.read_data(workdir, step).get("dataset", {})
         check_same(before, dataset, "config.data.name", "trains")
 
 
-def say_learning_rate(config: ConfigDict, workdir: Path, step: int) -> None:
+def say_learning_rate(config: ConfigDict, workdir: epath.PathLike, step: int) -> None:
     """Says where another number of steps changes the learning rate of a run that is resumed."""
     stored = config_from_dict(checkpoint.read_config(workdir, step))
     pair = [learning_rate(**c.optim, total_steps=c.train.steps)(step) for c in (stored, config)]
@@ -73,7 +76,7 @@ def say_learning_rate(config: ConfigDict, workdir: Path, step: int) -> None:
         warnings.warn(f"{steps} changes {changed}: {why}", stacklevel=2)
 
 
-def best_so_far(config: ConfigDict, workdir: Path, last: int | None) -> Best | None:
+def best_so_far(config: ConfigDict, workdir: epath.PathLike, last: int | None) -> Best | None:
     """The record of config.checkpoint.best at the step `last`; None where it names no metric."""
     if not (metric := config.checkpoint.best):
         return None
@@ -117,7 +120,7 @@ def begin(
 
 
 def resume(
-    run: Run, workdir: Path, step: int, batches: TrainBatches, root: Any, other_data: bool
+    run: Run, workdir: epath.PathLike, step: int, batches: TrainBatches, root: Any, other_data: bool
 ) -> TrainState:
     """The state of a checkpoint; also sets the position of `batches`.
 

@@ -6,19 +6,18 @@ Owns the files of metrics in a work folder. Computes no metrics.
 import contextlib
 import contextvars
 import json
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
 from jdm import notebook
-from jdm.files import write_whole
 from jdm.messages import STDERR, STDOUT, say
+from jdm.storage import BucketError, storage_of
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
@@ -107,35 +106,56 @@ class MetricLog(contextlib.AbstractContextManager):
     started: time.monotonic() at the start of the run.
     """
 
-    def __init__(self, workdir: str | os.PathLike, step: int, started: float):
-        path, replaced = Path(workdir) / METRICS, Path(workdir) / REPLACED
+    def __init__(self, workdir: epath.PathLike, step: int, started: float):
+        folder, self._storage = epath.Path(workdir), storage_of(workdir)
+        path, replaced = folder / METRICS, folder / REPLACED
         lines = _lines(path)
         kept = [(line, row) for line, row in lines if row is not None and row["step"] <= step]
         if moved := [line for line, row in lines if row is None or row["step"] > step]:
-            with replaced.open("ab") as file:
-                file.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
-            write_whole(path, b"".join(line for line, _ in kept))
+            with contextlib.closing(self._storage.lines(replaced)) as file:
+                file.add(b"".join(line.rstrip(b"\n") + b"\n" for line in moved))
+            self._storage.write(path, b"".join(line for line, _ in kept))
             rows = f"{len(moved)} row{'s' * (len(moved) > 1)} after step {step}, or damaged,"
             say(f"moved {rows} from {path} to {replaced}", STDOUT)
         self._before = kept[-1][1]["seconds"] if kept else 0.0
-        self._started = started
-        self._file = path.open("a")
-        self._events = _summary_writer()(str(workdir), purge_step=step + 1)
+        self._started = self._synced = started
+        self._file = self._storage.lines(path)
+        self._mirror = contextlib.ExitStack()
+        local, self._sync_events = self._mirror.enter_context(self._storage.mirrored(folder))
+        self._events = _summary_writer()(local, purge_step=step + 1)
 
-    def __exit__(self, *_):
-        self._file.close()
-        self._events.close()
+    def __exit__(self, kind, *_):
+        with self._mirror:
+            try:
+                self._events.close()
+                self._sync_events()
+                self._file.close()
+            except BucketError:
+                if kind is None:  # else the run has ended with another error
+                    raise
 
     def write(self, step: int, images: int, metrics: dict[str, float | int]) -> dict[str, Any]:
         """Adds a row, and returns it: step, images seen, seconds of training in all its runs, and
         the metrics."""
         seconds = round(self._before + time.monotonic() - self._started, 3)
         row = {"step": step, "images": images, "seconds": seconds, **metrics}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps(row).encode() + b"\n")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+        every = self._storage.sync_every
+        if every is not None and time.monotonic() - self._synced >= every:
+            try:
+                self.sync()
+            except BucketError as error:  # a checkpoint needs the rows before it, and tries again
+                warnings.warn(f"the last rows of metrics are not saved yet: {error}", stacklevel=2)
         return row
+
+    def sync(self) -> None:
+        """Returns when all rows are where a kill, or the end of the machine, leaves them."""
+        self._synced = time.monotonic()
+        self._events.flush()
+        self._sync_events()
+        self._file.sync()
 
 
 def _summary_writer() -> type:
@@ -152,13 +172,13 @@ def _summary_writer() -> type:
     return SummaryWriter
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float | int]]:
     """The rows of a work folder's metrics.jsonl; [] where there is none.
 
     Damaged lines, such as the last one after a full disk or a killed run, are skipped with a
     warning.
     """
-    path = Path(workdir) / METRICS
+    path = epath.Path(workdir) / METRICS
     rows = [row for _, row in _lines(path)]
     if damaged := [n for n, row in enumerate(rows, 1) if row is None]:
         lines = f"line{'s' * (len(damaged) > 1)} {', '.join(map(str, damaged[:10]))}"
@@ -167,9 +187,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int]]:
     return [row for row in rows if row is not None]
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+def _lines(path: epath.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """(line, its row or None where it is damaged) of each line of a metrics.jsonl."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = storage_of(path).read(path).splitlines(keepends=True)
+    except FileNotFoundError:
+        lines = []
     return [(line, _row(line)) for line in lines]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from jdm import checkpoint, distributed
@@ -31,7 +32,7 @@ from jdm.data.records import check_prepared
 from jdm.data.splits import ReadOptions, Split, load_split, training_set
 from jdm.distributed import Preempted
 from jdm.errors import Failure, InvalidValue
-from jdm.files import LOCK, local_path, made_folder, new_folder, only_job, write_whole
+from jdm.files import LOCK, location, new_folder
 from jdm.joint import Joint
 from jdm.mesh import by_row, make_mesh, of_this_host, share_of_each, to_global
 from jdm.messages import STDOUT, say
@@ -49,6 +50,7 @@ from jdm.resume import (
     warm_source,
 )
 from jdm.startup import release_memory
+from jdm.storage import storage_of
 from jdm.tracking import MetricLog, Progress, shown
 from jdm.training.augment import POLICIES
 from jdm.training.build import Run, abstract_batch, build, check_batch_of
@@ -81,7 +83,9 @@ def train(
     data cannot be read, NonFiniteError where the loss is not finite, and distributed.Preempted
     after SIGTERM, once a checkpoint is saved. Before the first step SIGTERM ends the process.
     """
-    started, workdir = time.monotonic(), Path(local_path("workdir", workdir))
+    started, workdir = time.monotonic(), epath.Path(location("workdir", workdir))
+    storage = storage_of(workdir)
+    storage.check("workdir", workdir)
     if profile is not None and dry_run:
         raise InvalidValue("profile", str(profile), "does not go with dry_run, which runs no step")
     mesh, root = make_mesh(), key_of(config.seed)  # first: it says where a platform is not there
@@ -100,16 +104,17 @@ def train(
         return
 
     if main:
-        made_folder("workdir", workdir)
-    with only_job(workdir) if main else contextlib.nullcontext(), watched() as notice:
+        storage.make("workdir", workdir)
+    alone = storage.only_job(workdir) if main else contextlib.nullcontext(lambda: None)
+    with alone as check_alone, watched() as notice:
         check_shared(workdir)
-        rest = (other_data, started, traces, on_row, notice)
+        rest = (other_data, started, traces, on_row, notice, check_alone)
         _train(config, workdir, run, mesh, root, source, *rest)
 
 
 def _train(
     config: ConfigDict,
-    workdir: Path,
+    workdir: epath.Path,
     run: Run,
     mesh: jax.sharding.Mesh,
     root: Any,
@@ -119,12 +124,14 @@ def _train(
     traces: Path | None,
     on_row: Callable[[dict[str, Any]], Any] | None,
     notice: Notice,
+    check_alone: Callable[[], None],
 ) -> None:
     """What `train` does in a work folder that no other job writes to."""
     last = checkpoint.newest_whole(workdir)
     main = distributed.is_main()
     if main:
-        write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
+        content = json.dumps(config_to_dict(config), indent=2) + "\n"
+        storage_of(workdir).write(workdir / "config.json", content)
     if last is not None and last >= config.train.steps:
         untraced = ", so that there is nothing to trace" if traces else ""
         say(f"{workdir} is trained already: {last} of {config.train.steps} steps{untraced}", STDOUT)
@@ -203,6 +210,9 @@ def _train(
                 kept: dict[str, Any] = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
                 kept |= dict(data=data, config=config_to_dict(config))
                 kept["spared"] = best.step if best else None
+                check_alone()
+                if log:
+                    log.sync()  # first: what is trained after the checkpoint is logged again
                 checkpoint.save(workdir, done, **trees_of(state), **kept)
             if best and ends:
                 progress.say(f"ended at step {done}: {best.sentence}")
@@ -256,13 +266,16 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     return run
 
 
-def check_shared(workdir: Path) -> None:
+def check_shared(workdir: epath.Path) -> None:
     """Raises InvalidValue in a process that does not see what process 0 has just written to the
     work folder. All processes of a run call it together, while process 0 holds the folder."""
     if distributed.count() == 1:
         return
     distributed.barrier("process 0 holds the work folder")
-    content = (workdir / LOCK).read_bytes() if (workdir / LOCK).is_file() else b""
+    try:
+        content = storage_of(workdir).read(workdir / LOCK)
+    except FileNotFoundError:
+        content = b""
     mine = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
     if (mine != distributed.from_main(mine)).any():
         allowed = "is another folder here than in process 0; all processes need one that they share"

@@ -16,7 +16,7 @@ from jdm.data.prepare import prepare
 from jdm.data.records import is_prepared
 from jdm.data.splits import ReadOptions, load_split
 from jdm.errors import InvalidValue
-from jdm.files import local_path
+from jdm.files import local_path, location
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_what_a_path_means(given, means, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("gs://b/run", "out='gs://b/run' begins with gs://, which is not supported yet; a local "),
-        (Path("s3://b/run"), "out='s3:/b/run' begins with s3://, which is not supported yet"),
+        ("gs://b/run", "out='gs://b/run' is in a bucket; a local path is needed here"),
+        (Path("s3://b/run"), "out='s3:/b/run' begins with s3://, which is not supported; a local"),
         ("https://x.org/y", "begins with https://"),
         ("file://other/x", "is a file of the host other"),
         ("$ABSENT_/x", "out='$ABSENT_/x' names the environment variable ABSENT_, which is not set"),
@@ -59,8 +59,47 @@ def test_a_path_that_is_not_local_is_one_sentence(given, said):
     assert said in str(info.value) and "\n" not in str(info.value)
 
 
-FLAGS = {  # every flag that takes a path, with a command line that has it
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ("gs://bkt/run", "gs://bkt/run"),
+        (Path("gs://bkt/run/"), "gs://bkt/run"),  # pathlib has made one slash of two
+        ("GS://b-1.x_y//a b/run//", "gs://b-1.x_y/a b/run"),
+        ("gs://bucket", "gs://bucket"),
+        ("./digits", "./digits"),
+        ("file:///a/b", "/a/b"),
+    ],
+)
+def test_a_work_folder_may_be_in_a_bucket(given, means):
+    assert location("workdir", given) == means
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("gs://", "workdir='gs://' is not the address of a folder in a bucket: gs://bucket/folder"),
+        ("gs://B/x", "is not the address of a folder in a bucket"),
+        ("gs://bucket/a[1]", "has '[' in its name, which is not allowed in a bucket"),
+        ("gs://bucket/a#1", "has '#' in its name"),
+        ("gs://bucket/../x", "has '/../' in its name"),
+        ("s3://bucket/x", "begins with s3://, which is not supported"),
+    ],
+)
+def test_an_address_that_is_none_is_one_sentence(given, said):
+    with pytest.raises(InvalidValue) as info:
+        location("workdir", given)
+    assert said in str(info.value) and "\n" not in str(info.value)
+
+
+MODELS = {  # flags whose path is that of a work folder, which may be gs://
     "train --workdir": "train --config=tiny --workdir={}",
+    "train config.train.init_from": "train --config=tiny --workdir=w --config.train.init_from={}",
+    "sample --checkpoint": "sample --checkpoint={}",
+    "sample --classifier": "sample --checkpoint=digits --classifier={}",
+    "eval --checkpoint": "eval --checkpoint={}",
+    "convert --checkpoint": "convert --checkpoint={} --to=x.pt",
+}
+FLAGS = {  # every other flag that takes a path, with a command line that has it
     "train --config": "train --config={}.py --workdir=w",
     "train config.data.dir": "train --config=tiny --workdir=w --config.data.dir={}",
     "train config.data.cache_dir": "train --config=tiny --workdir=w --config.data.cache_dir={}",
@@ -68,11 +107,7 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
     "train config.data.unlabelled": "train --config=tiny --workdir=w "
     "--config.data.unlabelled=folder:{}",
     "train config.eval.ood": "train --config=tiny --workdir=w --config.eval.ood=folder:{}",
-    "train config.train.init_from": "train --config=tiny --workdir=w --config.train.init_from={}",
-    "sample --checkpoint": "sample --checkpoint={}",
-    "sample --classifier": "sample --checkpoint=digits --classifier={}",
     "sample --out": "sample --checkpoint=digits --out={}.png",
-    "eval --checkpoint": "eval --checkpoint={}",
     "eval --out": "eval --checkpoint=digits --out={}",
     "eval --data": "eval --checkpoint=digits --data=folder:{}",
     "eval --ood": "eval --checkpoint=digits --ood=folder:{}",
@@ -82,7 +117,6 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
     "convert --from": "convert --from={}.pt --config=reference/cifar10 --workdir=w",
     "convert --workdir": "convert --from=x.pt --config=reference/cifar10 --workdir={}",
     "convert --config": "convert --from=x.pt --config={}.py --workdir=w",
-    "convert --checkpoint": "convert --checkpoint={} --to=x.pt",
     "convert --to": "convert --checkpoint=digits --to={}.pt",
     "data list --data_dir": "data list --data_dir={}",
     "data prepare name": "data prepare folder:{}",
@@ -94,13 +128,16 @@ FLAGS = {  # every flag that takes a path, with a command line that has it
 }
 
 
-@pytest.mark.parametrize("given", FLAGS)
+@pytest.mark.parametrize("given", [*FLAGS, *MODELS])
 def test_every_flag_that_takes_a_path_refuses_an_object_store(run, given, tmp_path):
-    done = run(*FLAGS[given].format("gs://bucket/x").split(), cwd=tmp_path)
+    url, said = "gs://bucket/x", "is in a bucket; a local path"
+    if given in MODELS:
+        url, said = "s3://bucket/x", "begins with s3://, which is not supported; a local path"
+    done = run(*(FLAGS | MODELS)[given].format(url).split(), cwd=tmp_path)
     command, _, parameter = given.rpartition(" ")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"jdm {command}: {parameter}='gs://bucket/x"), done.stderr
-    assert "begins with gs://, which is not supported yet; a local path" in done.stderr
+    assert done.stderr.startswith(f"jdm {command}: {parameter}='{url}"), done.stderr
+    assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -135,7 +172,7 @@ def joint(tiny):
 @pytest.mark.parametrize("name", CALLS)
 def test_every_function_that_takes_a_path_refuses_an_object_store(name, joint):
     parameter, call = CALLS[name]
-    with pytest.raises(InvalidValue, match="begins with s3://, which is not supported yet") as info:
+    with pytest.raises(InvalidValue, match="begins with s3://, which is not supported;") as info:
         call("s3://bucket/x", joint)
     assert info.value.parameter == parameter
 

@@ -24,6 +24,7 @@ EXTRAS = {
     "torch": "jdm convert",
     "serve": "jdm serve",
     "hub": "hf://owner/name and jdm push",
+    "gcs": "work folders at gs://bucket/folder",
     "plan": "jdm plan",
     "test": "make test",
     "docs": "make docs",

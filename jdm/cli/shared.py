@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from jdm.joint import Joint
 
 CHECKPOINT = (
-    "a work folder, one of its checkpoints, hf://owner/name[@revision], or a packaged model: "
+    "a work folder (also gs://bucket/folder), one of its checkpoints, hf://owner/name[@revision], "
+    "or a packaged model: "
     f"{', '.join(PRETRAINED)}"
 )
 

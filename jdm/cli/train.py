@@ -14,7 +14,7 @@ from jdm.cli.shared import (
 )
 from jdm.config import flatten, load_config
 from jdm.errors import InvalidValue
-from jdm.files import local_path
+from jdm.files import location
 
 HELP = "Train a joint model; the same command resumes."
 EXAMPLE = "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-4"
@@ -22,7 +22,8 @@ EXAMPLE = "jdm train --config=digits --workdir=runs/digits --config.optim.lr=3e-
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     add_config(command, required=True)
-    command.add_argument("--workdir", required=True, help="the folder of checkpoints and metrics")
+    text = "the folder of checkpoints and metrics, also gs://bucket/folder"
+    command.add_argument("--workdir", required=True, help=text)
     command.add_argument("--dry-run", action="store_true", help="build and compile, write nothing")
     add_other_data(command)
     add_profile(command, "a few training steps")
@@ -31,7 +32,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    workdir = Path(local_path("workdir", arguments.workdir))
+    workdir = Path(location("workdir", arguments.workdir))
     if workdir.exists() and not workdir.is_dir():
         raise InvalidValue("workdir", arguments.workdir, "is a file; a folder is needed")
     processes = processes_of(arguments)

@@ -13,7 +13,7 @@ from jdm.analysis.report import REPORT, Report, number, read
 from jdm.data.fit import evaluation_options
 from jdm.data.splits import load_split
 from jdm.errors import Failure, InvalidValue
-from jdm.files import local_path
+from jdm.hub import model_path
 from jdm.joint import Joint
 from jdm.pretrained import PRETRAINED
 from jdm.serve import choices, show
@@ -65,7 +65,8 @@ def facts_of(joint: Joint, path: str, report: str | None) -> Facts:
             raise InvalidValue("report", report, f"is of other weights ({weights})")
         return _of_report(found)
     if path not in PRETRAINED:
-        beside = Path(local_path("checkpoint", path)) / "report" / REPORT
+        # A path that does not exist, where the model is on the hub or in a bucket.
+        beside = Path(model_path("checkpoint", path)) / "report" / REPORT
         if beside.is_file():
             found = read("report", beside)
             if found.protocol.get("weights") == joint.digest:
