@@ -3,8 +3,9 @@
 A job that trains writes an object there, and writes it again every BEAT seconds, each time only if
 nobody else has written it since. So the object of a job that was killed, with its machine or
 without, stays as it is: a new job waits STALE seconds to see that, and takes it over. No clocks are
-compared, and nobody has to delete anything. A job whose object was taken over, such as one that
-was suspended for a while, is told so and ends.
+compared, and nobody has to delete anything. A job that was suspended, and whose object was taken
+over, is told so when it next asks. What it writes until then is not held back: a checkpoint that it
+damages is known by its checksums.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ class Lease:
         said = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
         self._content = f"{said}\n{_machine()} {os.getpid()}\n".encode()
         self._generation = b""  # of the object as this job has written it
-        self._ended = threading.Event()
+        self._ended, self._renewing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def take(self) -> None:
@@ -75,7 +76,9 @@ class Lease:
             self._write(None, self._generation)
 
     def check(self) -> None:
-        """Raises Failure where another job has taken over, so that this one must not write."""
+        """Asks now, and raises Failure where another job has taken over: this one must not write.
+        Raises Failure where the bucket cannot be reached, too."""
+        self._renew()
         if self._taken_by:
             said = f"another job ({self._taken_by}) has taken over {self._folder}"
             raise Failure(f"{said}, since this one was silent for more than {STALE:g} s")
@@ -98,13 +101,18 @@ class Lease:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(Failure, InvalidValue):  # the next one may arrive
-                if self._write(self._content, self._generation):
-                    continue
-                generation, content = self._read()
-                if content != self._content:
-                    self._taken_by = _holder(content)
-                    return
-                self._generation = generation  # it was written, and the answer was lost
+                self._renew()
+
+    def _renew(self) -> None:
+        """Writes the object again; finds out whether another job has written it since."""
+        with self._renewing:
+            if self._taken_by or self._write(self._content, self._generation):
+                return
+            generation, content = self._read()
+            if content == self._content:  # this job has, and the answer was lost
+                self._generation = generation
+            else:
+                self._taken_by = _holder(content) if content else "which has ended"
 
     def _read(self) -> tuple[bytes, bytes]:
         """(generation, content) of the object; b"" where there is none."""
