@@ -21,6 +21,7 @@ from jdm.config import load_config
 from jdm.errors import Failure, InvalidValue
 from jdm.files import LOCK
 from jdm.joint import load
+from jdm.serve import about
 from jdm.storage import BucketError, storage_of
 from jdm.tracking import MetricLog, read_metrics
 
@@ -187,6 +188,12 @@ def test_a_bucket_that_does_not_answer_is_not_an_empty_one(bucket):
     assert steps_in(bucket) == {"1"}
 
 
+@pytest.mark.parametrize("path", [RUN, "hf://me/digits"])
+def test_the_page_looks_for_no_report_beside_a_model_that_is_elsewhere(path, monkeypatch):
+    monkeypatch.setattr(about, "_measured", lambda joint: about.Facts({}, "measured"))
+    assert about.facts_of(jdm.load("digits"), path, None) == about.Facts({}, "measured")
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 
@@ -351,6 +358,19 @@ def test_a_job_that_was_suspended_learns_that_another_has_taken_over(bucket):
             bucket.put(NAME, OTHER, {})
             check()
     assert bucket.objects == {NAME: OTHER}  # it is not deleted
+
+
+def test_a_run_asks_before_each_save_whether_another_job_has_taken_over(bucket, monkeypatch):
+    def take_over(method, name):
+        if name.endswith("/1/checksums.json") and method == "POST":
+            bucket.put(NAME, OTHER, {})
+
+    bucket.before = take_over
+    step = lambda state, batch, root: (state, {"loss": (np.float32(1), np.float32(1))})  # noqa: E731
+    monkeypatch.setattr(trainer, "compile_step", lambda *args: step)
+    with pytest.raises(Failure, match="has taken over"):
+        trainer.train(load_config("tiny", SMALL), RUN)
+    assert steps_in(bucket) == {"1"} and bucket.objects[NAME] == OTHER
 
 
 def test_an_answer_that_was_lost_is_not_another_job(bucket, quick):
