@@ -158,15 +158,14 @@ class Joint:
 def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) -> Joint:
     """A trained model, from a work folder, one of its checkpoints, the package, or the hub.
 
-    path: a work folder (also gs://bucket/folder, see docs/scaling.md), one of its checkpoints,
-    <work folder>/checkpoints/<step>, the name of a packaged model ("digits"; a work folder of that
-    name is "./digits"), or what `jdm push` has sent: hf://owner/name, with @revision for another
-    one than main, or a folder with these files. step: which checkpoint; None is the newest, and
-    "best" the one with the best value of config.checkpoint.best, which is also
-    <work folder>/checkpoints/best. exec: values that replace those of the config's section exec,
-    such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
-    their checksums. The weights are replicated on all devices of this host, as float32 even where
-    the file has fewer bits.
+    path: a work folder (also gs://bucket/folder), <work folder>/checkpoints/<step>, the name of a
+    packaged model ("digits"; a work folder of that name is "./digits"), or what `jdm push` has
+    sent: hf://owner/name, with @revision for another one than main, or a folder with these files.
+    step: which checkpoint; None is the newest, and "best" the one with the best value of
+    config.checkpoint.best, which is also <work folder>/checkpoints/best. exec: values that replace
+    those of the config's section exec, such as dtype="bfloat16". Reads only the weights, the config
+    and what the data was, and verifies their checksums. The weights are replicated on all devices
+    of this host, as float32 even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
     InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, for a path that cannot be one, see
