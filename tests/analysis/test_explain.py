@@ -30,7 +30,7 @@ from jdm.errors import InvalidValue
 from jdm.joint import to_floats
 from jdm.numerics import key_of
 
-QUICK = dict(steps=2, draws=2, strengths=(0.5, 1.0), again=0.0, confidence=0.0, scale=1.0)
+QUICK = dict(steps=2, draws=2, strengths=(0.5, 1.0), again=0.0, confidence=0.0, scale=10.0)
 
 
 @pytest.fixture(scope="module")
