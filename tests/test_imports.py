@@ -21,6 +21,14 @@ def test_import_jdm_and_configs_without_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_training_starts_without_what_evaluations_need():
+    code = (
+        "import sys, jdm.trainer; "
+        "assert not {'sklearn', 'pandas', 'scipy.stats', 'scipy.optimize'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_help_is_printed_without_numpy():
     code = (
         "import sys; from jdm.cli import parser; parser().format_help(); "

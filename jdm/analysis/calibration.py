@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 Logits = Float[np.ndarray, "m classes"]
@@ -84,6 +83,8 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
     Above 1, the model is overconfident. T lies in [0.01, 100]. Where every row is right, the
     cross-entropy falls to 0 with T, and T is one of those that are small enough.
     """
+    from scipy.optimize import minimize_scalar  # not above: it takes a second to import
+
     # Convex in 1 / T, so there is one minimum over log T.
     found = minimize_scalar(
         lambda log_t: cross_entropy(logits / np.exp(log_t), labels),

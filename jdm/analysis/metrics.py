@@ -1,5 +1,8 @@
 """Measures of sets of images, computed with numpy and scikit-learn. No JAX, no model.
 
+scikit-learn and scipy are imported where they are used: that takes seconds, and every training
+imports this module.
+
 Of features [N, D], from any extractor (jdm.analysis.extractors):
 
     Fréchet distance          of two Gaussians             Heusel et al. 2017
@@ -18,10 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from scipy.spatial.distance import pdist
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.metrics import pairwise_distances_chunked
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 Pixels = UInt8[np.ndarray, "_ h w c"]
@@ -131,6 +130,9 @@ def precision_recall(
 
 def _share_within(rows: np.ndarray, of: np.ndarray, k: int) -> float:
     """The share of rows that are within the manifold of the set `of`."""
+    from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.neighbors import NearestNeighbors
+
     neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(of)
     radii = neighbours.kneighbors()[0][:, -1]  # a row is not its own neighbour
 
@@ -163,6 +165,8 @@ def prd_scores(
     The sets count the same: of the larger, as many rows as the smaller has are drawn. Raises
     ValueError for fewer rows than clusters.
     """
+    from sklearn.cluster import MiniBatchKMeans
+
     _check_rows(real, generated, clusters, "clusters")
     rng, count = np.random.default_rng(seed), min(len(real), len(generated))
     drawn = [x[rng.choice(len(x), count, replace=False)] for x in (real, generated)]
@@ -210,6 +214,8 @@ def nearest_distances(train: Pixels, images: Pixels) -> Float[np.ndarray, " _"]:
 
     Memory is that of blocks of training images.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     rows, least = flat(images), np.full(len(images), np.inf)
     for start in range(0, len(train), BLOCK):
         fitted = NearestNeighbors(n_neighbors=1).fit(flat(train[start : start + BLOCK]))
@@ -230,6 +236,8 @@ def nearest_neighbour_ratio(train: Pixels, test: Pixels, images: Pixels) -> dict
 def within_class_distance(images: Pixels, labels: Labels) -> dict[int, float]:
     """{class: the mean distance between two of its images}, of each class of at least two images;
     the label -1 is no class."""
+    from scipy.spatial.distance import pdist
+
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     return {int(k): float(pdist(flat(images[labels == k])).mean()) for k in classes[counts > 1]}
 

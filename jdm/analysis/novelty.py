@@ -9,10 +9,10 @@ is standardised by its mean and standard deviation over the training images.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from sklearn.neighbors import NearestNeighbors
 
 from jdm.analysis.features import features
 from jdm.data.labels import random_order
@@ -37,7 +37,7 @@ class Novelty:
     training: Float[np.ndarray, " m"]
     _mean: Float[np.ndarray, " d"] = dataclasses.field(repr=False)
     _scale: Float[np.ndarray, " d"] = dataclasses.field(repr=False)
-    _neighbours: NearestNeighbors = dataclasses.field(repr=False)
+    _neighbours: Any = dataclasses.field(repr=False)
     _batch_size: int
 
     @classmethod
@@ -55,6 +55,8 @@ class Novelty:
         Raises InvalidValue for fewer than k + 1 = 6 images, and for images that the model does not
         take.
         """
+        from sklearn.neighbors import NearestNeighbors
+
         if len(train_images) <= NEIGHBOURS:
             least = f"are {len(train_images)}; there must be more than {NEIGHBOURS}"
             raise InvalidValue("train_images", NO_VALUE, least)

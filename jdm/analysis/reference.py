@@ -25,9 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.neural_network import MLPClassifier
-from sklearn.svm import SVC
 
 from jdm.analysis.metrics import Labels, Pixels, flat
 from jdm.config import check_config, config_to_dict
@@ -117,12 +114,17 @@ class ReferenceClassifiers(Reference):
     dimension = FEATURES
 
     def __init__(self, images: Pixels, labels: Labels):
+        from sklearn.neighbors import KNeighborsClassifier
+        from sklearn.svm import SVC
+
         self._real = flat(images), labels
         unfitted = {"svc": SVC(C=10), "1-nn": KNeighborsClassifier(n_neighbors=1)}
         self._classifiers = {name: one.fit(*self._real) for name, one in unfitted.items()}
 
     @functools.cached_property
-    def _perceptron(self) -> MLPClassifier:
+    def _perceptron(self) -> Any:
+        from sklearn.neural_network import MLPClassifier
+
         return MLPClassifier((FEATURES,), max_iter=1000, random_state=0).fit(*self._real)
 
     @property

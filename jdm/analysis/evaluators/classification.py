@@ -3,11 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from sklearn.metrics import (
-    average_precision_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
-)
 
 from jdm.analysis.calibration import accuracy, brier_score, cross_entropy, labelled_rows
 from jdm.analysis.evaluators.base import EvaluationOptions, Table, Value
@@ -47,17 +42,22 @@ def _classes(logits, labels, names) -> Iterator[tuple[str, Value]]:
     """Precision, recall, F1 and number of images of each class, and the confusion matrix: numbers
     of images by class (rows) and predicted class (columns)."""
     rows, labels = labelled_rows(logits, labels)
-    predicted, every = rows.argmax(axis=1), np.arange(len(names))
-    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
-    values = np.stack(columns, axis=1).tolist()
+    predicted = rows.argmax(axis=1)
+    pairs = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2)
+    counts = pairs.reshape(len(names), len(names)).astype(float)
+    right, of_class, of_predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    ratios = (right, of_predicted), (right, of_class), (2 * right, of_class + of_predicted)
+    columns = [number / np.maximum(of, 1) for number, of in ratios]
+    values = np.stack([*columns, of_class], axis=1).tolist()
     yield "classes", Table(names, ("precision", "recall", "F1", "images"), values)
-    counts = confusion_matrix(labels, predicted, labels=every).astype(float)
     yield "confusion", Table(names, names, counts.tolist())
 
 
 def _attributes(logits, labels, names) -> Iterator[tuple[str, Value]]:
     """The mean average precision, over the attributes that some image has. "attributes": accuracy
     and average precision of each, the number of known entries and of those that are 1."""
+    from sklearn.metrics import average_precision_score
+
     values = []
     for scores, entries in zip(logits.T, labels.T, strict=True):
         known = entries >= 0

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
-from sklearn.metrics import roc_auc_score
 
 from jdm.analysis.evaluators.base import EvaluationOptions
 from jdm.analysis.evaluators.likelihood import image_bounds
@@ -89,6 +88,8 @@ def _values(
 
 def separation(within: Scores, outside: Scores) -> float:
     """The area under the ROC curve of telling the two by their scores."""
+    from sklearn.metrics import roc_auc_score
+
     labels = np.repeat([0, 1], [len(within), len(outside)])
     return float(roc_auc_score(labels, np.concatenate([within, outside])))
 
