@@ -29,6 +29,10 @@ MOVED = {
     "model.remat": "exec.remat",
     "train.accumulate": "exec.accumulate",
 }
+# Values that were renamed: {key: {old: new}}; of flags, the old ones are text.
+RENAMED = {
+    "exec.remat": {False: "none", True: "blocks", "False": "none", "True": "blocks"},
+}
 # Keys that were added since version 1, with the value that they had before.
 ADDED: dict[str, Any] = {
     "model.head_channels": 0,
@@ -151,11 +155,22 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
         if version > 0:
             warnings.warn(f"config.{old} is called config.{MOVED[old]} now", stacklevel=2)
         values[MOVED[old]] = values.pop(old)
+    values = _renamed(values)
     if isinstance(values.get("loss.terms"), str):
         values["loss.terms"] = TERMS_0.get(values["loss.terms"], (values["loss.terms"],))
     if version == 0:
         values.setdefault("eval.metrics", ("classification",))
     return values | {"version": base.VERSION}
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """With the names of today for the values of RENAMED."""
+
+    def of(key: str, value: Any) -> Any:
+        new = RENAMED.get(key, {})
+        return new.get(value, value) if isinstance(value, bool | str) else value
+
+    return {key: of(key, value) for key, value in values.items()}
 
 
 def _checked(values: dict[str, Any], where: str) -> ConfigDict:
@@ -243,7 +258,7 @@ def with_exec(config: ConfigDict, **exec_values: Any) -> ConfigDict:
     for name, value in exec_values.items():
         check_name("exec", name, list(config.exec))
         values[f"exec.{name}"] = value
-    return _checked(values, "the config")
+    return _checked(_renamed(values), "the config")
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

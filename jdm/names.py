@@ -60,6 +60,7 @@ HEADS = Names(["normalised", "published"])
 HEAD_TIMES = Names(["raw", "zero"])
 DTYPES = Names(["float32", "bfloat16"])
 ATTENTIONS = Names(["auto", "xla", "chunked", "fused"])
+REMATS = Names(["none", "attention", "blocks"])
 
 # Files of a state_dict (jdm.torch_files)
 WEIGHT_FILES = Names([".pt", ".pth", ".bin", ".ckpt", ".safetensors"])

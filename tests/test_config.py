@@ -392,7 +392,7 @@ def test_a_config_of_version_0_is_migrated():
         values["loss"]["terms"] = old
         found = config_from_dict(json.loads(json.dumps(values)))
         assert found.exec.to_dict() == dict(
-            dtype="bfloat16", remat=True, accumulate=2, attention="auto", mesh="data"
+            dtype="bfloat16", remat="blocks", accumulate=2, attention="auto", mesh="data"
         )
         assert found.loss.terms == new and found.version == base.VERSION
         assert found.eval.metrics == ("classification",)
@@ -405,12 +405,22 @@ def test_a_newer_config_is_refused():
 
 @pytest.mark.parametrize(("old", "new"), config.MOVED.items())
 def test_a_key_that_moved_is_read_under_its_old_name_with_a_warning(old, new, tmp_path):
-    value = {"exec.dtype": "bfloat16", "exec.remat": True, "exec.accumulate": 4}[new]
+    value = {"exec.dtype": "bfloat16", "exec.remat": "attention", "exec.accumulate": 4}[new]
     with pytest.warns(UserWarning, match=f"config.{old} is called config.{new} now"):
         assert flatten(load(f"{old}={value}"))[new] == value
     path = write(tmp_path / "old.py", f"config.{old} = {value!r}")
     with pytest.warns(UserWarning, match=f"config.{old} is called config.{new} now"):
         assert flatten(load_named(path))[new] == value
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "blocks"), (False, "none")])
+def test_a_value_that_was_renamed_is_read(old, new, tmp_path):
+    assert load(f"exec.remat={old}").exec.remat == new
+    assert load_named(write(tmp_path / "old.py", f"config.exec.remat = {old}")).exec.remat == new
+    assert config.with_exec(load(), remat=old).exec.remat == new
+    stored = config_to_dict(load())
+    stored["exec"]["remat"] = old
+    assert config_from_dict(stored).exec.remat == new
 
 
 # Written and read back.

@@ -12,7 +12,7 @@ which normalises over the rows that it sees together, exec.accumulate changes th
 import functools
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from jdm import names
 from jdm.options import FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Option, Rule
@@ -121,7 +121,9 @@ KEYS: dict[str, Option | dict[str, Option]] = dict(
             "how weights and their training state lie on the devices: whole, or split (fsdp)",
             names=names.MESHES,
         ),
-        remat=_resumable(False, "recompute blocks in the gradient: less memory, more time"),
+        remat=_resumable(
+            "none", "what the gradient computes again: less memory, more time", names=names.REMATS
+        ),
         accumulate=_resumable(
             1, "parts of a batch, one after the other; BatchNorm sees only its part", POSITIVE
         ),
@@ -162,4 +164,8 @@ def get_config() -> ConfigDict:
     def defaults(key: Any) -> Any:
         return key.default if isinstance(key, Option) else {k: defaults(v) for k, v in key.items()}
 
-    return ConfigDict(defaults(KEYS))
+    config = ConfigDict(defaults(KEYS))
+    remat = config.exec.remat  # of any type: older files set it to a bool
+    del config.exec["remat"]
+    config.exec.remat = FieldReference(remat, field_type=object)
+    return config

@@ -71,7 +71,7 @@ class JointModel(nn.Module):
     head_dropout: float
     dtype: str
     attention_implementation: str
-    remat: bool
+    remat: str
 
     def setup(self):
         check_shape(self)

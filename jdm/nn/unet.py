@@ -179,7 +179,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, then attention if `attention` is true."""
+    """A residual block, then attention if `attention` is true.
+
+    remat_attention: whether the gradient computes the attention again.
+    """
 
     channels: int
     dropout: float
@@ -189,16 +192,17 @@ class Block(nn.Module):
     order: str = "head_first"
     attention_implementation: str = "auto"
     conditioning: str = "scale_shift"
+    remat_attention: bool = False
 
     @nn.compact
     def __call__(self, x, embedding, train: bool):
         block = (self.channels, self.dropout, self.dtype, "none", self.conditioning)
         x = ResBlock(*block, name="residual")(x, embedding, train)
         if self.attention:
-            attention = Attention(
-                self.heads, self.dtype, self.order, self.attention_implementation, name="attention"
-            )
-            x = attention(x)
+            fields = self.heads, self.dtype, self.order, self.attention_implementation
+            x = (nn.remat(Attention) if self.remat_attention else Attention)(
+                *fields, name="attention"
+            )(x)
         return x
 
 
@@ -223,20 +227,21 @@ class UNet(nn.Module):
     time_conditioning: str = "scale_shift"
     attention_order: str = "head_first"
     attention_implementation: str = "auto"
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         sizes = level_sizes(self.image_size, len(self.multipliers))
         widths = [self.channels * m for m in self.multipliers]
         last = len(sizes) - 1
-        # Argument 3 is `train`, a Python bool.
-        remat = functools.partial(nn.remat, static_argnums=(3,)) if self.remat else lambda cls: cls
+        again = functools.partial(nn.remat, static_argnums=(3,))  # argument 3 is `train`, a bool
+        remat = again if self.remat == "blocks" else lambda cls: cls
 
         def block(level, attends):
             width = widths[level]
             heads = width // self.head_channels if self.head_channels else self.heads
             attention = heads, attends, self.attention_order, self.attention_implementation
-            return remat(Block)(width, self.dropout, self.dtype, *attention, self.time_conditioning)
+            fields = *attention, self.time_conditioning, self.remat == "attention"
+            return remat(Block)(width, self.dropout, self.dtype, *fields)
 
         def level_blocks(level, count):
             return [block(level, sizes[level] in self.attention) for _ in range(count)]

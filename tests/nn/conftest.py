@@ -23,7 +23,7 @@ def tiny_model():
             **base.get_config().model,
             "dtype": "float32",
             "attention_implementation": "auto",
-            "remat": False,
+            "remat": "none",
         }
         return JointModel(**{**fields, **SMALL, "head_width": 16, **changes})
 

@@ -99,7 +99,7 @@ CALLED = []  # what else was called
 DECODED = []  # what was decoded last
 DIFFUSION = Diffusion(50)
 FIELDS = dict(
-    **base.get_config().model, dtype="float32", attention_implementation="auto", remat=False
+    **base.get_config().model, dtype="float32", attention_implementation="auto", remat="none"
 )
 MODEL = Toy(**FIELDS)
 PARAMS = {
