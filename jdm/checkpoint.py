@@ -103,7 +103,7 @@ def save(
             if partial.exists():
                 raise FileExistsError(f"{partial} is a file or a link: move it away")
         with literal(folder) as plain:
-            with checkpointer() as writing:
+            with checkpointer(alone=distributed.count() == 1) as writing:
                 writing.save(plain / partial.name, args=ocp.args.Composite(**args))
             _check_saved(plain / partial.name, items)
         if writer:
@@ -277,7 +277,7 @@ def _load(root: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """What Orbax restores of a folder; see `_read`."""
     json_args, tree_args = ocp.args.JsonRestore, ocp.args.StandardRestore
     args = {k: json_args() if _is_json(k) else tree_args(v) for k, v in targets.items()}
-    with checkpointer() as reading:
+    with checkpointer(alone=distributed.count() == 1) as reading:
         restored = reading.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}
 

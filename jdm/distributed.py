@@ -16,6 +16,7 @@ ended; on a cluster that JAX finds by itself, through JAX's own store of keys an
 import atexit
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -102,18 +103,33 @@ class Processes:
 OPTIONS = options_of(Processes)
 
 
+_alone = False  # whether process 0 is in `only_main`
+
+
 def index() -> int:
     """The number of this process, from 0."""
     import jax
 
-    return jax.process_index()
+    return 0 if _alone else jax.process_index()
 
 
 def count() -> int:
     """The number of processes of this run."""
     import jax
 
-    return jax.process_count()
+    return 1 if _alone else jax.process_count()
+
+
+@contextlib.contextmanager
+def only_main() -> Iterator[None]:
+    """Process 0 calls this, and what is inside, without the others: it counts as the only one, so
+    that nothing waits, such as a checkpoint that is saved or loaded."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def is_main() -> bool:
@@ -129,28 +145,43 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(f"jdm.{name}")
 
 
-def from_main(value: Any) -> Any:
-    """A number or an array of process 0, in all processes, bit by bit. All call this together, with
-    values of the same shape and dtype."""
+def from_main(tree: Any) -> Any:
+    """A number, an array or a tree of arrays of process 0, in all processes, as NumPy arrays, bit
+    by bit. All call this together, with the same structure, shapes and dtypes."""
+    import jax
     import numpy as np  # not above: `jdm --help` would wait for it
 
-    array = np.asarray(value)
-    if count() == 1:
-        return array
+    arrays, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        content = b"".join(array.tobytes() for array in arrays)
+        # As whole numbers of 32 bits: JAX would round a float64, and make these of smaller ones.
+        words = np.frombuffer(content + bytes(-len(content) % 4), np.uint32)
+        sent, at = np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes(), 0
+        for i, array in enumerate(arrays):
+            found = np.frombuffer(sent, array.dtype, array.size, at)
+            arrays[i], at = found.reshape(array.shape), at + array.nbytes
+    return jax.tree.unflatten(structure, arrays)
+
+
+def same_as_main(content: bytes) -> bool:
+    """Whether process 0 has the same bytes; it says so of its own. All call this together."""
+    import numpy as np
+
+    mine = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    return bool((mine == from_main(mine)).all())
+
+
+def gathered(array: Any) -> Any:
+    """The arrays of all processes, [processes, …], bit by bit. All call this together, with the
+    same shape and dtype."""
+    import numpy as np
     from jax.experimental import multihost_utils
 
-    raw = np.frombuffer(array.tobytes(), np.uint8)  # JAX would round a float64
-    sent = np.asarray(multihost_utils.broadcast_one_to_all(raw), np.uint8)
-    return np.frombuffer(sent.tobytes(), array.dtype).reshape(array.shape)
-
-
-def summed(array: Any) -> Any:
-    """The sum of an array over all processes. All call this together, with the same shape."""
-    if count() == 1:
-        return array
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array).sum(axis=0)
+    raw = np.frombuffer(np.asarray(array).tobytes(), np.uint8)  # JAX would round a float64
+    sent = np.asarray(multihost_utils.process_allgather(raw))
+    return np.frombuffer(sent.tobytes(), array.dtype).reshape(count(), *array.shape)
 
 
 def leave(sentence: str, status: int) -> None:

@@ -23,10 +23,15 @@ HANDLERS = {
 
 
 @contextlib.contextmanager
-def checkpointer() -> Iterator[ocp.Checkpointer]:
-    """Saves and restores the items of HANDLERS; starts and ends with a barrier of all processes."""
-    handler = ocp.CompositeCheckpointHandler(**{k: make() for k, make in HANDLERS.items()})
-    with quiet(), ocp.Checkpointer(handler) as checkpointer:
+def checkpointer(alone: bool) -> Iterator[ocp.Checkpointer]:
+    """Saves and restores the items of HANDLERS; starts and ends with a barrier of all processes.
+    alone: process 0 does so without the others."""
+    processes = ocp.options.MultiprocessingOptions(active_processes={0} if alone else None)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        **{k: make(multiprocessing_options=processes) for k, make in HANDLERS.items()},
+    )
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=processes) as checkpointer:
         try:
             yield checkpointer
         finally:  # when one item fails, Orbax leaves the threads that write the others running

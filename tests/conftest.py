@@ -51,12 +51,13 @@ os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 SLOW = """
 test_notebooks test_preemption test_fsdp test_parity test_digits_models test_page test_trained
 test_cli test_bucket test_launch test_sample test_distributed test_runs test_trainer test_step
-test_numerics test_explain test_hub test_trainer_best test_bfloat16 test_extending test_generation
-test_editing test_pretrained test_profiling test_convert test_samplers test_config test_model
-test_joint test_augment test_sampler_order test_guided_diffusion test_version_0 test_splits
-test_pipeline test_unet test_workdir test_checkpoint_failures test_class_names test_request
-test_probe test_metrics test_evaluators test_reverse_step test_guidance test_heads test_report
-test_paths test_messages test_environment test_mnist5k test_stepwise test_notebook test_tpu
+test_numerics test_eval_processes test_explain test_hub test_trainer_best test_bfloat16
+test_extending test_generation test_editing test_pretrained test_profiling test_convert
+test_samplers test_config test_model test_joint test_augment test_sampler_order
+test_guided_diffusion test_version_0 test_splits test_pipeline test_unet test_workdir
+test_checkpoint_failures test_class_names test_request test_probe test_metrics test_evaluators
+test_reverse_step test_guidance test_heads test_report test_paths test_messages test_environment
+test_mnist5k test_stepwise test_notebook test_tpu
 """.split()
 
 

@@ -227,10 +227,10 @@ GIVEN = ["--coordinator=a:8476", "--processes=2", "--process=1"]
         (["--timeout=5"], "--timeout=5 goes with --distributed or --coordinator"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
 def test_flags_that_do_not_fit_are_one_sentence(run, tmp_path, command, flags, said):
-    needs = {"train": ["--config=tiny", f"--workdir={tmp_path}"], "sample": ["--checkpoint=digits"]}
-    done = run(command, *needs[command], *flags)
+    train = ["--config=tiny", f"--workdir={tmp_path}"]
+    done = run(command, *(train if command == "train" else ["--checkpoint=digits"]), *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert said in done.stderr
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jdm import names
+from jdm import distributed, names
 from jdm.analysis.features import features, widths
 from jdm.analysis.metrics import Pixels
 from jdm.analysis.reference import Reference, in_batches
+from jdm.analysis.shares import in_shares
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import local_path, whole_folder
 from jdm.joint import Joint, digest
@@ -57,7 +58,9 @@ class Extractor(NamedTuple):
 Make = Callable[[], Extractor]
 
 
-def _reference(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
+def _reference(
+    joint: Joint, reference: Callable[[], Reference], batch_size: int, shared: bool = False
+) -> Make:
     def make() -> Extractor:
         found = reference()
         return Extractor("reference", found.digest, found.dimension, found.features)
@@ -65,15 +68,23 @@ def _reference(joint: Joint, reference: Callable[[], Reference], batch_size: int
     return make
 
 
-def _joint(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
+def _joint(
+    joint: Joint, reference: Callable[[], Reference], batch_size: int, shared: bool = False
+) -> Make:
     def extract(images: Pixels) -> Float[np.ndarray, "n d"]:
-        return features(joint, images, JOINT_T, JOINT_BLOCKS, batch_size=batch_size).values
+        def values(rows: slice) -> np.ndarray:
+            found = features(joint, images[rows], JOINT_T, JOINT_BLOCKS, batch_size=batch_size)
+            return found.values
+
+        return in_shares(values, len(images), shared)
 
     dimension = sum(widths(joint.model)[block] for block in JOINT_BLOCKS)
     return lambda: Extractor("joint", joint.digest, dimension, extract, kept=False)
 
 
-def _inception(joint: Joint, reference: Callable[[], Reference], batch_size: int) -> Make:
+def _inception(
+    joint: Joint, reference: Callable[[], Reference], batch_size: int, shared: bool = False
+) -> Make:
     network = _inception_network()
     import torch
 
@@ -84,7 +95,7 @@ def _inception(joint: Joint, reference: Callable[[], Reference], batch_size: int
                 (found,) = network(torch.from_numpy(np.moveaxis(rgb, 3, 1).copy()))
             return found.numpy()
 
-        return in_batches(of_batch, images, min(batch_size, INCEPTION_BATCH))
+        return in_batches(of_batch, images, min(batch_size, INCEPTION_BATCH), shared)
 
     arrays = [x.numpy() for _, x in sorted(network.state_dict().items())]
     return lambda: Extractor("inception", digest(arrays), 2048, extract)
@@ -124,16 +135,20 @@ def _inception_network() -> Any:
         )
 
 
-# (joint, a function that makes the reference classifiers, images at once) -> a function that makes
-# the features. What may be missing is looked for at once; a reference classifier is trained later.
-EXTRACTORS: dict[str, Callable[[Joint, Callable[[], Reference], int], Make]] = (
-    names.EXTRACTORS.records(reference=_reference, joint=_joint, inception=_inception)
+# (joint, a function that makes the reference classifiers, images at once, shared=False) -> a
+# function that makes the features. What may be missing is looked for at once; a reference
+# classifier is trained later. shared: whether all processes of a run extract features together.
+EXTRACTORS: dict[str, Callable[..., Make]] = names.EXTRACTORS.records(
+    reference=_reference, joint=_joint, inception=_inception
 )
 
 
-def real_features(extractor: Extractor, images: Pixels, cache: Path) -> Float[np.ndarray, "n d"]:
+def real_features(
+    extractor: Extractor, images: Pixels, cache: Path, shared: bool = False
+) -> Float[np.ndarray, "n d"]:
     """The features of real images, from a file in the folder `cache`, which is written first if it
-    is missing. Means and covariances take less time to compute from them than they took.
+    is missing. Means and covariances take less time to compute from them than they took. shared:
+    whether all processes of a run call this together; the file is that of process 0.
 
     The file is found by the features' identity, and by the images' number, size and contents.
     Raises Failure where it is damaged.
@@ -143,21 +158,30 @@ def real_features(extractor: Extractor, images: Pixels, cache: Path) -> Float[np
     shape, contents = "x".join(map(str, images.shape)), digest([images])
     folder = cache / f"features-{extractor.name}-{extractor.digest}-{shape}-{contents}"
     path, expected = folder / "features.npy", (len(images), extractor.dimension)
-    if folder.exists():
+    reads = not shared or distributed.is_main()
+    if distributed.from_main(folder.exists()) if shared else folder.exists():
+        found = _read(path, expected) if reads else np.zeros(expected, np.float32)
+        return distributed.from_main(found) if shared else found
+    found = extractor.extract(images)
+    if reads:
+        content = io.BytesIO()
+        np.save(content, found)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = np.load(path)
-            if found.shape != expected:
-                raise ValueError(f"its shape is {found.shape} instead of {expected}")
-        except (OSError, ValueError, EOFError) as error:
-            raise Failure(f"{path} is damaged ({error}): delete {folder}") from error
-        return found
-    found, content = extractor.extract(images), io.BytesIO()
-    np.save(content, found)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+            with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
+                (unfinished / path.name).write_bytes(content.getvalue())
+        except OSError:
+            if not folder.exists():  # otherwise another process has written the same file
+                raise
+    return found
+
+
+def _read(path: Path, expected: tuple[int, ...]) -> Float[np.ndarray, "n d"]:
+    """The features in a file. Raises Failure where it is damaged."""
     try:
-        with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
-            (unfinished / path.name).write_bytes(content.getvalue())
-    except OSError:
-        if not folder.exists():  # otherwise another process has written the same file
-            raise
+        found = np.load(path)
+        if found.shape != expected:
+            raise ValueError(f"its shape is {found.shape} instead of {expected}")
+    except (OSError, ValueError, EOFError) as error:
+        raise Failure(f"{path} is damaged ({error}): delete {path.parent}") from error
     return found

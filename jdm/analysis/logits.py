@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 
-from jdm import distributed
 from jdm.analysis.calibration import labelled_rows
+from jdm.analysis.shares import in_shares
 from jdm.data.pipeline import eval_batches
 from jdm.data.splits import Split
 from jdm.diffusion.process import pixels_to_float
@@ -23,12 +23,14 @@ from jdm.numerics import fixed_flags, key_of
 
 
 def batches(
-    images: UInt8[np.ndarray, "n h w c"], batch_size: int
+    images: UInt8[np.ndarray, "n h w c"], batch_size: int, first: int = 0
 ) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"], int]]:
-    """(images [B, H, W, C], their indices [B], how many are real); the last batch is padded."""
+    """(images [B, H, W, C], their indices [B], how many are real); the last batch is padded. first:
+    the index of the first image."""
     unused = np.zeros(len(images), np.int32)
     for i, batch in enumerate(eval_batches(images, unused, batch_size)):
-        index = np.arange(i * batch_size, (i + 1) * batch_size, dtype=np.int32)
+        start = first + i * batch_size
+        index = np.arange(start, start + batch_size, dtype=np.int32)
         yield batch["image"], index, int(batch["mask"].sum())
 
 
@@ -57,22 +59,21 @@ def image_logits(
 
     t: in [0, T); at 0 the images are clean, above it they are noised to level t. seed: in
     [0, 2**32), of the noise, which is the same at every t. batch_size: images in one forward pass;
-    it does not change the result. shared: the processes of a run, which all call this together,
-    compute some of the batches each; they all get all logits.
+    it does not change the result. shared: see `shares.in_shares`.
     """
-    process, processes = (distributed.index(), distributed.count()) if shared else (0, 1)
-    logits = np.zeros((len(images), joint.model.num_classes), np.float32)
-    for number, (batch, index, count) in enumerate(batches(images, batch_size)):
-        if number % processes != process:
-            continue
-        if t == 0:
-            x = pixels_to_float(jnp.asarray(batch))
-        else:
-            x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
-        times = jnp.full(len(batch), t, jnp.int32)
-        found = logits_of(joint.model, joint.weights, x, times)
-        logits[index[:count]] = np.asarray(found)[:count]
-    return distributed.summed(logits) if shared else logits  # others have 0 in these rows
+
+    def logits(rows: slice) -> np.ndarray:
+        found = [np.zeros((0, joint.model.num_classes), np.float32)]
+        for batch, index, count in batches(images[rows], batch_size, rows.start):
+            if t == 0:
+                x = pixels_to_float(jnp.asarray(batch))
+            else:
+                x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
+            times = jnp.full(len(batch), t, jnp.int32)
+            found.append(np.asarray(logits_of(joint.model, joint.weights, x, times))[:count])
+        return np.concatenate(found)
+
+    return in_shares(logits, len(images), shared)
 
 
 def labelled_logits(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jdm.analysis.features import features
+from jdm.analysis.shares import in_shares
 from jdm.data.labels import random_order
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint
@@ -39,6 +40,7 @@ class Novelty:
     _scale: Float[np.ndarray, " d"] = dataclasses.field(repr=False)
     _neighbours: Any = dataclasses.field(repr=False)
     _batch_size: int
+    _shared: bool
 
     @classmethod
     def fit(
@@ -48,9 +50,11 @@ class Novelty:
         *,
         seed: int = 0,
         batch_size: int = 256,
+        shared: bool = False,
     ) -> "Novelty":
         """The distances to these images, or to 10,000 of them, drawn by the seed where there are
-        more. batch_size: images in one forward pass.
+        more. batch_size: images in one forward pass. shared: whether features, also those of
+        `distances`, are computed as `shares.in_shares` says.
 
         Raises InvalidValue for fewer than k + 1 = 6 images, and for images that the model does not
         take.
@@ -61,12 +65,12 @@ class Novelty:
             least = f"are {len(train_images)}; there must be more than {NEIGHBOURS}"
             raise InvalidValue("train_images", NO_VALUE, least)
         rows = np.sort(random_order(len(train_images), seed)[:IMAGES])
-        found = _features(joint, train_images[rows], batch_size)
+        found = _features(joint, train_images[rows], batch_size, shared)
         mean, scale = found.mean(axis=0), found.std(axis=0)
         scale[scale == 0] = 1  # a feature that is the same for all images
         neighbours = NearestNeighbors(n_neighbors=NEIGHBOURS).fit((found - mean) / scale)
         training = np.sort(neighbours.kneighbors()[0][:, -1])  # without arguments: leave one out
-        return cls(joint, training, mean, scale, neighbours, batch_size)
+        return cls(joint, training, mean, scale, neighbours, batch_size, shared)
 
     def distances(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, " n"]:
         """The distance of each image, float64 [N]. Of a training image it is smaller than in
@@ -74,7 +78,7 @@ class Novelty:
 
         Raises InvalidValue for images that the model does not take.
         """
-        found = _features(self.joint, images, self._batch_size)
+        found = _features(self.joint, images, self._batch_size, self._shared)
         if not len(found):
             return np.zeros(0)
         return self._neighbours.kneighbors((found - self._mean) / self._scale)[0][:, -1]
@@ -88,9 +92,13 @@ class Novelty:
         return float(np.quantile(self.training, share))
 
 
-def _features(joint: Joint, images, batch_size: int) -> Float[np.ndarray, "n d"]:
+def _features(joint: Joint, images, batch_size: int, shared: bool) -> Float[np.ndarray, "n d"]:
     """float64, because distances are computed from squares that nearly cancel."""
     model = joint.model
     names = block_names(len(model.multipliers), model.blocks)
     blocks = (*names.skips, names.mid)
-    return features(joint, images, LEVEL, blocks, batch_size=batch_size).values.astype(np.float64)
+
+    def values(rows: slice) -> np.ndarray:
+        return features(joint, images[rows], LEVEL, blocks, batch_size=batch_size).values
+
+    return in_shares(values, len(images), shared).astype(np.float64)

@@ -6,6 +6,9 @@ They are fitted on real training images alone. Which ones depends on the data:
   neighbour, on pixels; features are the hidden units of a perceptron;
 - larger images, and images with several attributes: a network of jdm's own, trained to classify
   alone. It is trained once for each data set, and kept as a work folder that `jdm.load` reads.
+
+Processes that evaluate together fit and apply classifiers on pixels each for itself. The network is
+trained by process 0, which sends its weights to the others, and they share the images.
 """
 
 import abc
@@ -26,19 +29,22 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from jdm import distributed
 from jdm.analysis.metrics import Labels, Pixels, flat
-from jdm.config import check_config, config_to_dict
+from jdm.analysis.shares import in_shares
+from jdm.config import check_config, config_from_dict, config_to_dict
 from jdm.configs import base
 from jdm.convert import write_work_folder
 from jdm.data.datasets import DATASETS
 from jdm.data.pipeline import train_batches
 from jdm.data.splits import Split
+from jdm.diffusion.process import Diffusion
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import whole_folder
-from jdm.joint import Joint, classify, digest, load, to_floats
-from jdm.mesh import make_mesh, to_global
+from jdm.joint import Joint, abstract_weights, classify, digest, load, to_floats
+from jdm.mesh import local_mesh, make_mesh, replicated, to_global
 from jdm.messages import say
-from jdm.nn.model import JointModel
+from jdm.nn.model import JointModel, make_model
 from jdm.numerics import fixed_flags, key_of
 from jdm.tracking import Progress
 from jdm.training.build import build
@@ -83,11 +89,14 @@ class Reference(abc.ABC):
         """16 hexadecimal digits that identify the weights that the features depend on."""
 
 
-def make_reference(joint: Joint, train: Split, cache: Path, batch_size: int) -> Reference:
+def make_reference(
+    joint: Joint, train: Split, cache: Path, batch_size: int, shared: bool = False
+) -> Reference:
     """The reference classifiers of a model's data set.
 
     train: its training split; images without a label are left out. cache: the folder that keeps a
-    trained network. batch_size: images that the network classifies at once.
+    trained network. batch_size: images that the network classifies at once. shared: whether the
+    processes of a run, which all call this together and then the Reference, do so as one.
 
     Raises InvalidValue for a split without labels.
     """
@@ -98,7 +107,7 @@ def make_reference(joint: Joint, train: Split, cache: Path, batch_size: int) -> 
     if not labelled.all():
         train = Split(train.images[labelled], train.labels[labelled], train.name)
     if joint.model.image_size > SIDE or multi_label:
-        return ReferenceNetwork(network(joint, train, cache), batch_size)
+        return ReferenceNetwork(network(joint, train, cache, shared), batch_size, shared)
     return ReferenceClassifiers(train.images, train.labels)
 
 
@@ -183,8 +192,9 @@ def network_config(model: JointModel, count: int, flips: bool) -> ConfigDict:
 
 
 @fixed_flags()
-def network(joint: Joint, train: Split, cache: Path) -> Joint:
-    """The reference network of a data set: from the cache, or trained and kept there.
+def network(joint: Joint, train: Split, cache: Path, shared: bool = False) -> Joint:
+    """The reference network of a data set: from the cache, or trained and kept there. shared: all
+    processes of a run, which call this together, have that of process 0.
 
     It depends on the training images, their labels and the config alone: not on the model, nor on
     the number of devices, of which it uses one.
@@ -197,18 +207,31 @@ def network(joint: Joint, train: Split, cache: Path) -> Joint:
     config_digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     side, data = joint.model.image_size, digest([train.images, train.labels])
     folder = cache / f"reference-{side}x{side}-{data}-{config_digest}"
-    if not folder.exists():
-        weights = _trained(config, train, folder)
-        values["data"] |= {"name": name, "classes": tuple(joint.config.data.classes)}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
-                steps, dataset = config.train.steps, dict(joint.dataset)
-                write_work_folder(unfinished, steps, weights, values, dataset)
-        except OSError:
-            if not folder.exists():  # otherwise another process has trained the same network
-                raise
-    return load(folder)
+    values["data"] |= {"name": name, "classes": tuple(joint.config.data.classes)}
+
+    def kept() -> Joint:
+        if not folder.exists():
+            weights = _trained(config, train, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with whole_folder(folder, f"{uuid.uuid4().hex[:8]}.part") as unfinished:
+                    steps, dataset = config.train.steps, dict(joint.dataset)
+                    write_work_folder(unfinished, steps, weights, values, dataset)
+            except OSError:
+                if not folder.exists():  # otherwise another process has trained the same network
+                    raise
+        return load(folder)
+
+    if not shared or distributed.count() == 1:
+        return kept()
+    model, whole = make_model(config.model, config.exec), replicated(local_mesh())
+    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_weights(model, whole))
+    if distributed.is_main():
+        with distributed.only_main():
+            weights = kept().weights
+    weights = jax.device_put(distributed.from_main(weights), whole)
+    diffusion, rest = Diffusion(**config.diffusion), (dict(joint.dataset), config.train.steps)
+    return Joint(config_from_dict(values), model, diffusion, weights, *rest)
 
 
 def _trained(config: ConfigDict, train: Split, folder: Path) -> Any:
@@ -237,6 +260,7 @@ class ReferenceNetwork(Reference):
 
     joint: Joint
     batch_size: int
+    shared: bool = False  # see make_reference
 
     @property
     def dimension(self) -> int:
@@ -253,11 +277,14 @@ class ReferenceNetwork(Reference):
         return {"network": lambda images: self.classify(images).argmax(axis=1)}
 
     def classify(self, images: Pixels) -> Float[np.ndarray, "n k"]:
-        return np.asarray(classify(self.joint, images, batch_size=self.batch_size))
+        def probabilities(rows: slice) -> np.ndarray:
+            return np.asarray(classify(self.joint, images[rows], batch_size=self.batch_size))
+
+        return in_shares(probabilities, len(images), self.shared)
 
     def features(self, images: Pixels) -> Float[np.ndarray, "n d"]:
         hidden = functools.partial(_hidden, self.joint.model, self.joint.weights)
-        return in_batches(lambda x: hidden(to_floats(x)), images, self.batch_size)
+        return in_batches(lambda x: hidden(to_floats(x)), images, self.batch_size, self.shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -278,13 +305,21 @@ def _hidden(model: JointModel, weights: Any, x: Any) -> Any:
     return nn.silu(normalised)
 
 
-def in_batches(function: Callable, images: Pixels, batch_size: int) -> Float[np.ndarray, "n d"]:
-    """The results of a function of images [B, H, W, C], for batches of one shape, joined."""
+def in_batches(
+    function: Callable, images: Pixels, batch_size: int, shared: bool = False
+) -> Float[np.ndarray, "n d"]:
+    """The results of a function of images [B, H, W, C], for batches of one shape, joined. shared:
+    see `shares.in_shares`."""
     if not len(images):
         raise InvalidValue("images", NO_VALUE, "are none; there must be at least 1")
-    rows, size = [], min(batch_size, len(images))
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        rows.append(np.asarray(function(padded), np.float32)[: len(batch)])
-    return np.concatenate(rows)
+
+    def results(rows: slice) -> np.ndarray:
+        ours, found = images[rows], []
+        size = min(batch_size, len(ours))
+        for start in range(0, len(ours), size):
+            batch = ours[start : start + size]
+            padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            found.append(np.asarray(function(padded), np.float32)[: len(batch)])
+        return np.concatenate(found)
+
+    return in_shares(results, len(images), shared)

@@ -4,13 +4,23 @@ import argparse
 import datetime
 import functools
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jdm
-from jdm import startup
-from jdm.cli.shared import CHECKPOINT, add_other_data, data_dir, load_joint
+from jdm import distributed, startup
+from jdm.cli.shared import (
+    CHECKPOINT,
+    add_other_data,
+    add_processes,
+    data_dir,
+    load_joint,
+    processes_of,
+    same_flags,
+)
 from jdm.config import OPTIONS
 from jdm.diffusion import method
+from jdm.diffusion.method import Method
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.files import local_path, made_folder, write_whole
 from jdm.messages import STDOUT, say
@@ -47,6 +57,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         add(f"--{name}", help=f"of samples: {option.flag_help}")
     add("--out", help="a folder for report.json, report.md and report.html, which are replaced")
     add_other_data(command)
+    add_processes(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,8 +66,17 @@ def run(arguments: argparse.Namespace) -> None:
     texts = {name: getattr(arguments, name) for name in method.OPTIONS}
     read = {k: method.OPTIONS[k].read(k, text) for k, text in texts.items() if text is not None}
     sampling = method.method_of(None, read)
-    out = arguments.out and local_path("out", arguments.out)
+    out = local_path("out", arguments.out) if arguments.out else ""
+    processes = processes_of(arguments)
     startup.set_up()
+    with distributed.joined(processes, same_flags(arguments)):
+        _evaluate(arguments, given, seed, sampling, out)
+
+
+def _evaluate(
+    arguments: argparse.Namespace, given: dict[str, Any], seed: int, sampling: Method, out: str
+) -> None:
+    """In all processes of a run. given: the flags of OF_CONFIG, checked. out: a path, or empty."""
     from jdm.analysis.evaluators import EvaluationOptions, evaluate_each
     from jdm.analysis.page import files
     from jdm.analysis.report import Report, lines
@@ -64,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jdm.data.identity import checked_contents
     from jdm.data.splits import cache_root, load_split
 
+    main = distributed.is_main()
     joint = load_joint("checkpoint", arguments.checkpoint)
     config, where = joint.config, data_dir(arguments)
     name = arguments.data or config.data.name
@@ -84,7 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
         other = load_split(ood, arguments.split, second) if ood else None
     except InvalidValue as error:
         raise (error.about("ood") if error.parameter == "config.data.name" else error) from None
-    folder = made_folder("out", out) if out else None
+    _check_same("checkpoint", arguments.checkpoint, [joint.digest.encode()])
+    _check_same("data", name, split)
+    _check_same("ood", ood, other or ())
+    folder = made_folder("out", out) if out and main else None
     evaluation = EvaluationOptions(
         config.eval.batch_size,
         load=functools.partial(load_split, name, options=options),
@@ -95,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         cache=cache_root(options),
         seed=seed,
         bound_steps=chosen["bound_steps"] or None,
+        shared=True,
     )
     protocol = _about(joint, arguments.checkpoint) | {
         "data": name,
@@ -111,14 +136,16 @@ def run(arguments: argparse.Namespace) -> None:
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     }
     results: dict[str, Any] = {}
-    for key in ("checkpoint", "step", "data", "split", "images"):
-        print(f"{key:14} {protocol[key]}")
+    if main:
+        for key in ("checkpoint", "step", "data", "split", "images"):
+            print(f"{key:14} {protocol[key]}")
     try:
         since = time.monotonic()
         say(f"evaluating: {', '.join(metrics)}")
         for evaluator, found in evaluate_each(joint, metrics, split, evaluation):
             results[evaluator] = found
-            print("\n".join(lines(found)), flush=True)
+            if main:
+                print("\n".join(lines(found)), flush=True)
             say(f"{evaluator} took {time.monotonic() - since:.0f} s")
             since = time.monotonic()
     except BaseException:
@@ -129,6 +156,17 @@ def run(arguments: argparse.Namespace) -> None:
         for file, content in files(Report(protocol, results)).items():
             write_whole(folder / file, content)
         say(f"wrote report.json, report.md and report.html to {folder}", STDOUT)
+
+
+def _check_same(flag: str, given: str, contents: Iterable[Any]) -> None:
+    """Raises InvalidValue where this process has read other arrays than process 0."""
+    from jdm.joint import digest
+
+    if distributed.count() > 1 and not distributed.same_as_main(digest(contents).encode()):
+        hint = (
+            "while a training saves checkpoints, name one of them" if flag == "checkpoint" else ""
+        )
+        raise InvalidValue(flag, given, "holds something else here than in process 0", hint)
 
 
 def _read(key: str, flag: str, arguments: argparse.Namespace) -> Any:
@@ -145,7 +183,7 @@ def _about(joint: "Joint", path: str) -> dict[str, Any]:
     """The model, and what it is run with."""
     import jax
 
-    devices = jax.local_devices()
+    devices, count = jax.devices(), distributed.count()
     return {
         "checkpoint": path,
         "step": joint.step,
@@ -153,5 +191,6 @@ def _about(joint: "Joint", path: str) -> dict[str, Any]:
         "dtype": joint.config.exec.dtype,
         "jdm": jdm.__version__,
         "jax": jax.__version__,
-        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "device": f"{len(devices)} × {devices[0].device_kind}"
+        + (f", of {count} processes" if count > 1 else ""),
     }

@@ -99,16 +99,14 @@ def test_partial_batches_and_unlabelled_images_count_right(joint, split):
     assert classification(joint, images, hidden) == pytest.approx(some, rel=1e-5)
 
 
-def test_processes_share_the_images_and_all_get_all_logits(joint, split, monkeypatch):
-    """As processes 0, 1 and 2 of a run: each computes some batches, and together all."""
-    images, computed = split.images[:30], []
-    monkeypatch.setattr(distributed, "count", lambda: 3)
-    monkeypatch.setattr(distributed, "summed", lambda x: computed.append(x) or x)
-    for process in range(3):
-        monkeypatch.setattr(distributed, "index", lambda process=process: process)
-        image_logits(joint, images, 8, shared=True)
-    assert [(one != 0).any(axis=1).sum() for one in computed] == [8 + 6, 8, 8]
-    np.testing.assert_array_equal(sum(computed), image_logits(joint, images, 8))
+def test_a_share_of_the_images_has_the_noise_of_the_whole(joint, split, monkeypatch):
+    """As process 1 of 2: images 5 to 9 of 10."""
+    images, sent = split.images[:10], []
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "index", lambda: 1)
+    monkeypatch.setattr(distributed, "gathered", lambda x: sent.append(x) or [x, x])
+    image_logits(joint, images, 8, t=20, shared=True)
+    np.testing.assert_array_equal(sent[0], image_logits(joint, images, 8, t=20)[5:])
 
 
 def test_a_split_without_labels_is_an_error(joint, split):

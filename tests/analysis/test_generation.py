@@ -274,7 +274,7 @@ def test_a_model_without_a_classifier_gets_the_distances(joint, splits, generate
 def test_wrong_options_are_refused_before_anything_is_sampled(
     joint, splits, generated, monkeypatch, change, said
 ):
-    monkeypatch.setattr("jdm.analysis.evaluators.generation.sample", lambda *_: pytest.fail())
+    monkeypatch.setattr("jdm.analysis.evaluators.generation.generate", lambda *_: pytest.fail())
     with pytest.raises(InvalidValue, match=said):
         next(generation(joint, splits["test"], dataclasses.replace(generated[0], **change)))
 

@@ -49,7 +49,8 @@ class EvaluationOptions:
     images, such as their features and reference classifiers; None is that of the model's data set.
     seed: of all draws. bound_steps: at how many of the T noise levels the variational bound of each
     image is computed; None is at all, which takes T forward passes an image. shared: whether all
-    processes of a run evaluate together, and share the images to classify.
+    processes of a run evaluate together, with the same arguments, and share the images that go
+    through a network, see `shares.in_shares`.
     """
 
     batch_size: int

@@ -17,12 +17,14 @@ from jdm.analysis import metrics
 from jdm.analysis.evaluators.base import EvaluationOptions, Record, Table, Value
 from jdm.analysis.extractors import EXTRACTORS, Make, real_features
 from jdm.analysis.reference import Reference, make_reference
+from jdm.analysis.shares import in_shares
 from jdm.data.splits import ReadOptions, Split, cache_root
 from jdm.diffusion.guidance import GUIDANCE, chosen
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, check_trained, digest
 from jdm.names import check_name
-from jdm.sampling.sample import sample
+from jdm.sampling.generate import generate
+from jdm.sampling.request import check_request
 from jdm.sampling.samples import Samples
 
 MANY = 10_000  # images, from which on their number is not part of a name
@@ -55,9 +57,10 @@ def generation(
     labelled = _is_guided(joint, options) and all((x.labels >= 0).any() for x in (train, held_out))
     _check_counts(joint, split, train, options.samples, labelled)
     cache = options.cache or cache_root(ReadOptions.of(joint.config.data, joint.config.model))
-    fit = functools.partial(make_reference, joint, train, Path(cache), options.batch_size)
+    size, shared = options.batch_size, options.shared
+    fit = functools.partial(make_reference, joint, train, Path(cache), size, shared)
     reference = functools.cache(fit)  # fitted where it is needed
-    make = make_extractor(joint, reference, options.batch_size)
+    make = make_extractor(joint, reference, size, shared)
     return _values(joint, split, options, train, held_out, labelled, reference, make, cache)
 
 
@@ -79,7 +82,7 @@ def _values(
     extractor = make_extractor()
 
     def of_real(images: np.ndarray) -> Float[np.ndarray, "n d"]:
-        return real_features(extractor, images, Path(cache))
+        return real_features(extractor, images, Path(cache), options.shared)
 
     other = (held_out if split.name == "train" else train).images
     other = other[_draw(len(other), options.samples, options.seed)]
@@ -149,7 +152,13 @@ def _sample(joint: Joint, options: EvaluationOptions) -> Samples:
     number = np.arange(options.samples)
     seeds = (options.seed + number) % 2**32
     labels = number % joint.model.num_classes if _is_guided(joint, options) else None
-    return sample(joint, labels=labels, seeds=seeds, method=options.method)
+    request = check_request(joint, labels=labels, seeds=seeds, method=options.method)
+
+    def images(rows: slice) -> np.ndarray:
+        return generate(joint, request.part(rows), batch_size=None).images
+
+    whole = in_shares(images, options.samples, options.shared)
+    return Samples(whole, request.labels, request.seeds, request.settings(joint))
 
 
 def _draw(count: int, most: int, seed: int) -> Int[np.ndarray, " n"]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jdm.analysis.evaluators.base import Curve, EvaluationOptions, Value
 from jdm.analysis.logits import batches, image_keys
+from jdm.analysis.shares import in_shares
 from jdm.data.splits import Split
 from jdm.diffusion.process import Estimate, pixels_to_float
 from jdm.diffusion.samplers import image_noise
@@ -90,31 +91,36 @@ def image_bounds(
     *,
     seed: int = 0,
     batch_size: int = 256,
+    shared: bool = False,
 ) -> Bound:
     """The variational bound of each image; `.per_image` is [N], in bits per dimension.
 
     steps: at how many noise levels it is computed, which is the number of forward passes; None, or
     T and more, is at all T. seed: in [0, 2**32). The noise and the drawn levels of an image depend
     on the seed and its index alone. batch_size: images in one forward pass; it does not change the
-    result.
+    result. shared: see `shares.in_shares`.
 
     Raises InvalidValue for steps < 1, and where the model was not trained to generate.
     """
     check_trained(joint, "diffusion")
     STEPS.check("bound_steps", steps)
     edges = strata(joint.diffusion.steps, steps)
-    priors = [np.zeros(0, np.float32)]
-    terms = [np.zeros((0, len(edges) - 1), np.float32)]
     model, diffusion, weights = joint.model, joint.diffusion, joint.weights
-    with Progress(len(images), "computing the bound", "images") as progress:
-        for batch, index, count in batches(images, batch_size):
-            found = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
-            priors.append(np.asarray(found[0])[:count])
-            terms.append(np.asarray(found[1]).T[:count])
-            progress.advance(count)
+
+    def bounds(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        priors = [np.zeros(0, np.float32)]
+        terms = [np.zeros((0, len(edges) - 1), np.float32)]
+        with Progress(rows.stop - rows.start, "computing the bound", "images") as progress:
+            for batch, index, count in batches(images[rows], batch_size, rows.start):
+                found = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
+                priors.append(np.asarray(found[0])[:count])
+                terms.append(np.asarray(found[1]).T[:count])
+                progress.advance(count)
+        return np.concatenate(priors), np.concatenate(terms)
+
+    prior, terms = in_shares(bounds, len(images), shared)
     # In float64, since hundreds of terms are added.
-    prior, of_images = (np.concatenate(rows).astype(np.float64) for rows in (priors, terms))
-    return Bound(prior, of_images, edges)
+    return Bound(prior.astype(np.float64), terms.astype(np.float64), edges)
 
 
 def likelihood(
@@ -138,7 +144,8 @@ def likelihood(
 
 
 def _values(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, Value]]:
-    settings = dict(seed=options.seed, batch_size=options.batch_size)
+    settings: dict[str, Any] = dict(seed=options.seed, batch_size=options.batch_size)
+    settings["shared"] = options.shared
     found = image_bounds(joint, split.images, options.bound_steps, **settings)
     bits, edges = found.per_image, found.edges
     yield "bits_per_dimension", float(bits.mean())

@@ -12,6 +12,7 @@ energy is -sum_k log(1 + exp(logit_k)) (Wang et al. 2021).
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -62,16 +63,15 @@ def ood(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tupl
 def _values(
     joint: Joint, split: Split, other: Split, train: Split, options: EvaluationOptions
 ) -> Iterator[tuple[str, float]]:
-    settings = dict(seed=options.seed, batch_size=options.batch_size)
+    size, shared = options.batch_size, options.shared
+    settings: dict[str, Any] = dict(seed=options.seed, batch_size=size, shared=shared)
 
     def auroc(score_of: Callable[[np.ndarray], Scores]) -> float:
         return separation(score_of(split.images), score_of(other.images))
 
     if joint.has_classifier:
         logits = [
-            image_logits(joint, images, options.batch_size, shared=options.shared).astype(
-                np.float64
-            )
+            image_logits(joint, images, size, shared=shared).astype(np.float64)
             for images in (split.images, other.images)
         ]
         for score in (max_probability, energy):
