@@ -10,9 +10,12 @@ from PIL import Image
 from jdm import distributed
 from jdm.analysis import extractors, reference
 from jdm.analysis.shares import in_shares
+from jdm.cli.eval import _check_same
 from jdm.config import config_to_dict, load_config
 from jdm.convert import write_work_folder
 from jdm.data.prepare import prepare
+from jdm.errors import InvalidValue
+from jdm.joint import digest
 
 # Networks have random weights, and the digits are large enough for a reference network.
 RANDOM = """
@@ -134,3 +137,12 @@ def test_features_that_process_0_has_kept_serve_all(tmp_path, monkeypatch):
         extractors.real_features(none, images, tmp_path / "1", shared=True), found
     )
     assert not (tmp_path / "1").exists()
+
+
+def test_a_checkpoint_that_process_0_reads_otherwise_is_named(monkeypatch):
+    ours, theirs = np.zeros(3), np.ones(3)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "same_as_main", lambda x: x == digest([theirs]).encode())
+    _check_same("checkpoint", "runs/a", [theirs])
+    with pytest.raises(InvalidValue, match="^checkpoint='runs/a' holds something else here than"):
+        _check_same("checkpoint", "runs/a", [ours])
