@@ -49,9 +49,9 @@ os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 # The files that take longest, in that order: they are started first, so that both workers end at
 # the same time, and `make check` leaves them out.
 SLOW = """
-test_notebooks test_preemption test_fsdp test_parity test_digits_models test_page test_trained
-test_cli test_bucket test_launch test_sample test_distributed test_runs test_trainer test_step
-test_numerics test_eval_processes test_explain test_hub test_trainer_best test_bfloat16
+test_notebooks test_preemption test_fsdp test_parity test_digits_models test_page
+test_eval_processes test_trained test_cli test_bucket test_launch test_sample test_distributed
+test_runs test_trainer test_step test_numerics test_explain test_hub test_trainer_best test_bfloat16
 test_extending test_generation test_editing test_pretrained test_profiling test_convert
 test_samplers test_config test_model test_joint test_augment test_sampler_order
 test_guided_diffusion test_version_0 test_splits test_pipeline test_unet test_workdir
