@@ -150,7 +150,7 @@ def check_main_guard(workers: int) -> None:
     main = sys.modules["__main__"]
     running = [
         frame.f_lineno
-        for frame, _ in traceback.walk_stack(None)
+        for frame, _ in traceback.walk_stack(sys._getframe())
         if frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"
     ]
     module = getattr(main.__spec__, "name", "")
