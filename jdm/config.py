@@ -29,10 +29,8 @@ MOVED = {
     "model.remat": "exec.remat",
     "train.accumulate": "exec.accumulate",
 }
-# Values that were renamed: {key: {old: new}}; of flags, the old ones are text.
-RENAMED = {
-    "exec.remat": {False: "none", True: "blocks", "False": "none", "True": "blocks"},
-}
+# Values that were renamed: {key: {the old one, as text: new}}.
+RENAMED = {"exec.remat": {"False": "none", "True": "blocks"}}
 # Keys that were added since version 1, with the value that they had before.
 ADDED: dict[str, Any] = {
     "model.head_channels": 0,
@@ -167,8 +165,7 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     """With the names of today for the values of RENAMED."""
 
     def of(key: str, value: Any) -> Any:
-        new = RENAMED.get(key, {})
-        return new.get(value, value) if isinstance(value, bool | str) else value
+        return RENAMED.get(key, {}).get(str(value).capitalize(), value)  # flags may say "true"
 
     return {key: of(key, value) for key, value in values.items()}
 

@@ -415,7 +415,8 @@ def test_a_key_that_moved_is_read_under_its_old_name_with_a_warning(old, new, tm
 
 @pytest.mark.parametrize(("old", "new"), [(True, "blocks"), (False, "none")])
 def test_a_value_that_was_renamed_is_read(old, new, tmp_path):
-    assert load(f"exec.remat={old}").exec.remat == new
+    for text in (f"{old}", f"{old}".lower()):
+        assert load(f"exec.remat={text}").exec.remat == new
     assert load_named(write(tmp_path / "old.py", f"config.exec.remat = {old}")).exec.remat == new
     assert config.with_exec(load(), remat=old).exec.remat == new
     stored = config_to_dict(load())

@@ -72,10 +72,10 @@ def collectives(text: str) -> dict[str, int]:
         _, types, operation = match.groups()
         kind = operation.removesuffix("-start")
         if kind in found:
-            channel = re.search(r"channel_id=(\d+)", line)
-            if channel and channel[1] in channels:
-                continue
-            channels.add(channel and channel[1])
+            if channel := re.search(r"channel_id=\d+", line):
+                if channel[0] in channels:
+                    continue
+                channels.add(channel[0])
             each = [size_of(one) for one in re.findall(r"[a-z]\w*\[[\d,]*\]", types)]
             # The result of a start holds the operands too, which are no larger.
             pairs = operation != kind and kind != "all-reduce"
