@@ -35,14 +35,15 @@ os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**36))
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
-# Tiny models run for milliseconds and compile for seconds: without optimisation, and with XLA's
-# older code generator for fused operations, in a quarter of the time. Trained models are made in
-# processes of their own, at the level that runs as fast as any and compiles faster. A program is
-# compiled in one piece, since the other core has work of its own.
+# Tiny models run for milliseconds and compile for seconds: without optimisation, in a quarter of
+# the time. Trained models run in processes of their own, at the level that runs as fast as any and
+# compiles faster. Both with XLA's older code generator for fused operations, which compiles faster,
+# and in one piece, since the other core has work of its own.
 TINY, TRAINED = "--xla_backend_optimization_level=0", "--xla_backend_optimization_level=1"
+COMPILER = "--xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones have no such choice
-    TINY += " --xla_cpu_use_fusion_emitters=false"
-TINY, TRAINED = (f"{flags} --xla_cpu_parallel_codegen_split_count=1" for flags in (TINY, TRAINED))
+    COMPILER += " --xla_cpu_use_fusion_emitters=false"
+TINY, TRAINED = f"{TINY} {COMPILER}", f"{TRAINED} {COMPILER}"
 GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(TINY, "").strip()  # a worker has TINY already
 os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {TINY}".strip()
 

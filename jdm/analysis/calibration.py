@@ -1,6 +1,6 @@
 """Class probabilities against labels: their errors, their calibration, and a temperature.
 
-Computed with numpy and scipy, in float64. No JAX, no model. Predictions are logits [M, K] and
+Computed with numpy, in float64. No JAX, no model. Predictions are logits [M, K] and
 labels int [M] in [0, K), without unlabelled rows. An attribute of a multi-label model is a
 prediction with the two classes 0 (absent) and 1 (present): see `labelled_rows`.
 """
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import log_softmax
 
 Logits = Float[np.ndarray, "m classes"]
 Labels = Int[np.ndarray, " m"]
@@ -31,6 +30,11 @@ def labelled_rows(
     return logits[known], labels[known].astype(np.int64)
 
 
+def log_softmax(logits: Logits) -> Logits:
+    """The logarithms of the class probabilities."""
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
 def accuracy(logits: Logits, labels: Labels) -> float:
     """The share of rows whose largest logit is that of the label, in [0, 1]."""
     return float(np.mean(logits.argmax(axis=1) == labels))
@@ -38,7 +42,7 @@ def accuracy(logits: Logits, labels: Labels) -> float:
 
 def cross_entropy(logits: Logits, labels: Labels) -> float:
     """The mean of -log p(label), in nats."""
-    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
+    return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
 
 
 def brier_score(logits: Logits, labels: Labels) -> float:
@@ -46,7 +50,7 @@ def brier_score(logits: Logits, labels: Labels) -> float:
 
     With two classes it is twice the score that counts one of them alone.
     """
-    errors = np.exp(log_softmax(logits, axis=1))
+    errors = np.exp(log_softmax(logits))
     errors[np.arange(len(labels)), labels] -= 1
     return float((errors**2).sum(axis=1).mean())
 
@@ -67,7 +71,7 @@ class Reliability(NamedTuple):
 
 def reliability(logits: Logits, labels: Labels, bins: int = BINS) -> Reliability:
     """Predictions in the bins ((m - 1) / bins, m / bins], m = 1 to bins. Guo et al. 2017, eq. 2."""
-    confidence = np.exp(log_softmax(logits, axis=1).max(axis=1))
+    confidence = np.exp(log_softmax(logits).max(axis=1))
     inner_edges = np.arange(1, bins) / bins
     found = np.searchsorted(inner_edges, confidence, side="left")  # an edge is in the lower bin
     counts = np.bincount(found, minlength=bins)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import logsumexp
 
 from jdm.analysis.evaluators.base import EvaluationOptions
 from jdm.analysis.evaluators.likelihood import image_bounds
@@ -33,12 +32,16 @@ def max_probability(logits: Float[np.ndarray, "n k"], multi_label: bool) -> Scor
     """-log of the largest class probability; smallest for the most confident prediction."""
     if multi_label:  # max(p, 1 - p) is the sigmoid of |logit|
         return np.logaddexp(0, -np.abs(logits)).sum(axis=1)
-    return logsumexp(logits, axis=1) - logits.max(axis=1)
+    return np.logaddexp.reduce(logits, axis=1) - logits.max(axis=1)
 
 
 def energy(logits: Float[np.ndarray, "n k"], multi_label: bool) -> Scores:
     """The free energy of the logits."""
-    return -np.logaddexp(0, logits).sum(axis=1) if multi_label else -logsumexp(logits, axis=1)
+    return (
+        -np.logaddexp(0, logits).sum(axis=1)
+        if multi_label
+        else -np.logaddexp.reduce(logits, axis=1)
+    )
 
 
 def ood(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, float]]:
