@@ -115,7 +115,8 @@ def test_colab_from_a_wheel_to_pictures(
 def test_train_shows_curves_and_what_was_learned(tmp_path):
     book = read("train")
     notebooks.set_values(book, {"STEPS": 4, "COUNT": 10, "SIZE": 8, "LABELS": [0, 2]})
-    edit(book, '"model.channels": 24', '"model.channels": 8, "model.blocks": 1')
+    edit(book, '"model.channels": 24', '"model.channels": 8, "model.multipliers": (1,)')
+    edit(book, '"model.attention": (SIZE // 2,)', '"model.attention": ()')
     notebooks.run(book, tmp_path, install=False)
     assert set(pictures(book)) == {4, 5, 6, 7}
     assert pictures(book).count(5) == 1  # the curves are one output, which is replaced
