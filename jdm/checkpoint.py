@@ -27,6 +27,7 @@ together, on one shared file system.
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,6 +113,8 @@ def save(
         if writer:
             sweep_failed(folder)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
+        # The frames of what failed hold content, and gcsfs's views of it that outlive its buffers.
+        traceback.clear_frames(error.__traceback__)
         raise CheckpointError(f"could not save {final}: {cause}") from error
     if writer:
         for old in [s for s in steps(workdir)[:-keep] if s not in (step, spared)]:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -87,16 +87,22 @@ def only_job(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Waits while another process makes the same file or folder; without a lock where the system or
-    the disk has none, so that what is done inside must be right for two at once, too."""
+    the disk has none, so that what is done inside must be right for two at once, too. waits: called
+    before a wait."""
     lock = path.with_name(f"{path.name}.lock")
     with contextlib.ExitStack() as held:
         with contextlib.suppress(ImportError, OSError):
             import fcntl  # not on every system that can sample
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context(lock.open("ab")), fcntl.LOCK_EX)
+            file = held.enter_context(lock.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(file, fcntl.LOCK_EX)
             held.callback(lock.unlink, missing_ok=True)
         yield
 

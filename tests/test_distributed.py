@@ -340,12 +340,13 @@ def test_a_process_that_is_done_ends_nobody(free_port):
 
 
 def test_two_processes_make_a_folder_once(tmp_path):
-    made = []
+    made, waited = [], []
 
     def make():
-        with one_at_a_time(tmp_path / "x"):
+        with one_at_a_time(tmp_path / "x", lambda: waited.append(len(made))):
             if not (tmp_path / "x").exists():
-                time.sleep(0.1)
+                while len(waited) < 2:
+                    time.sleep(0.01)
                 made.append((tmp_path / "x").mkdir())
 
     threads = [threading.Thread(target=make) for _ in range(3)]
@@ -354,6 +355,7 @@ def test_two_processes_make_a_folder_once(tmp_path):
     for thread in threads:
         thread.join()
     assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert waited == [0, 0]
 
 
 def test_the_facts_of_a_run_are_ready_for_json(run, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ interrupted preparation leaves nothing under the final name.
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import io
 import shutil
@@ -23,7 +24,7 @@ from jdm.data.lookup import dataset
 from jdm.data.records import make_builder
 from jdm.data.splits import DECODED, ReadOptions, stored_split, whole_split
 from jdm.errors import InvalidValue
-from jdm.files import local_path
+from jdm.files import local_path, one_at_a_time
 from jdm.messages import STDERR, STDOUT, say
 from jdm.names import FOLDER
 
@@ -59,7 +60,13 @@ def prepare(
     if not path.exists():
         if originals:
             check_originals(name, builder.url_infos, Path(originals))
-        _prepare_records(facts, builder, path, originals)
+        _check_possible(facts, path)
+        waits = functools.partial(say, f"waiting for another process, which prepares {name}")
+        with one_at_a_time(path, waits):
+            if path.exists():  # the other process has prepared it meanwhile
+                builder = make_builder(facts, data_dir, **options)
+            else:
+                _prepare_records(facts, builder, path, originals)
     if facts.is_folder:
         for split, count in facts.splits.items():
             if missing := count - builder.info.splits[split].num_examples:
@@ -105,8 +112,8 @@ def check_originals(name: str, expected: Mapping[str, Any], folder: Path) -> Non
             refuse(f"holds {path.name}, which is not the original file: {differs}")
 
 
-def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -> None:
-    """Checks what is needed, writes the records, and turns errors into DataError."""
+def _check_possible(facts: Dataset, path: Path) -> None:
+    """Raises DataError where TensorFlow, or room on the disk, is missing."""
     name = facts.name
     if facts.download and importlib.util.find_spec("tensorflow") is None:
         why = f"preparing {name} needs TensorFlow (reading it does not): pip install 'jdm[prepare]'"
@@ -114,8 +121,13 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -
     needed = listing(name.removeprefix(FOLDER)).total if facts.is_folder else 2 * facts.download
     existing = next(parent for parent in path.parents if parent.exists())
     check_room(existing, needed, f"preparing {name}", "--data_dir")
+
+
+def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -> None:
+    """Writes the records, and turns errors into DataError."""
     import tensorflow_datasets as tfds
 
+    name = facts.name
     if not STDERR.isatty():
         tfds.disable_progress_bar()
     options = {}

@@ -201,7 +201,8 @@ def whole_split(facts: Dataset, split: str, options: ReadOptions) -> tuple[Image
         images = EncodedImages(reopen, len(records), size, channels)
         return images, labels_of(cache_folder(records, stored, options, "labels"), records)
     folder = cache_folder(records, stored, options, f"{size}x{size}x{channels}-v{VERSION}")
-    with one_at_a_time(folder) if not folder.exists() else contextlib.nullcontext():
+    waits = functools.partial(say, f"waiting for another process, which decodes {facts.name}")
+    with one_at_a_time(folder, waits) if not folder.exists() else contextlib.nullcontext():
         if not folder.exists():  # otherwise another process has decoded it meanwhile
             say(f"Decoding {len(records):,} images of {facts.name} to {folder}.")
         return decoded_split(folder, records, size, channels)
