@@ -10,11 +10,13 @@ the noise level. The test images are read once, by what was chosen.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -38,6 +40,7 @@ from jdm.tracking import Progress
 # because the highest accuracy is picked from many.
 ERRORS = 3.0
 LEAST = 20  # training images, for 20 nearest neighbours
+ITERATIONS = 1000  # of a logistic regression, at most
 
 
 class Kind(NamedTuple):
@@ -56,7 +59,7 @@ PROBES: dict[str, Kind] = names.PROBES.records(
         "logistic regression",
         "C",
         (0.001, 0.01, 0.1, 1.0, 10.0),
-        lambda c: LogisticRegression(C=c, max_iter=1000),
+        lambda c: LogisticRegression(C=c, max_iter=ITERATIONS),
     ),
     knn=Kind("k nearest neighbours", "k", (20, 5, 1), KNeighborsClassifier),
 )
@@ -73,7 +76,8 @@ class Shape(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The probes of one kind. accuracy: of the validation images, [levels, blocks]. settings: the C
-    or k of each. level, block, setting: the chosen ones. validation, test: their accuracy."""
+    or k of each. level, block, setting: the chosen ones. validation, test: their accuracy. stopped:
+    how many probes ended at ITERATIONS, before they converged."""
 
     accuracy: Float[np.ndarray, "levels blocks"]
     settings: Num[np.ndarray, "levels blocks"]
@@ -82,6 +86,7 @@ class Grid:
     setting: int | float
     validation: float
     test: float
+    stopped: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +182,7 @@ def probe(
             np.array([[one.accuracy for one in row] for row in cells]),
             np.array([[one.setting for one in row] for row in cells]),
             *(t, block, chosen.setting, chosen.accuracy, float(test)),
+            sum(one.stopped for row in cells for one in row),
         )
     curve = np.stack([fits["linear", t, grids["linear"].block].right for t in levels])
     pixels = {split: one.images.reshape(len(one.images), -1) for split, one in data.items()}
@@ -217,11 +223,13 @@ def labelled(splits: Mapping[str, Split], options: ProbeOptions) -> dict[str, Sp
 
 
 class _Fit(NamedTuple):
-    """A fitted probe. setting: its C or k. right: which validation images it gets right."""
+    """A fitted probe. setting: its C or k. right: which validation images it gets right. stopped:
+    whether it ended at ITERATIONS, before it converged."""
 
     setting: int | float
     right: Bool[np.ndarray, " n"]
     classifier: Any
+    stopped: bool
 
     @property
     def accuracy(self) -> float:
@@ -237,11 +245,13 @@ def _fit(kind: Kind, x: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarra
     train, validation = scaler.transform(x["train"]), scaler.transform(x["validation"])
     fits = []
     # One thread: the products are small, and on a busy machine threads wait for each other.
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # they are counted
         for setting in kind.candidates:
             classifier = kind.make(setting).fit(train, labels["train"])
             right = classifier.predict(validation) == labels["validation"]
-            fits.append(_Fit(setting, right, make_pipeline(scaler, classifier)))
+            stopped = np.max(getattr(classifier, "n_iter_", 0)) >= ITERATIONS
+            fits.append(_Fit(setting, right, make_pipeline(scaler, classifier), bool(stopped)))
     return max(fits, key=lambda one: one.accuracy)  # the first of equal ones
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jdm.analysis.probe import PROBES, Probe
+from jdm.analysis.probe import ITERATIONS, PROBES, Probe
 
 PROTOCOL = {
     "features": "spatial means of the blocks' outputs with the EMA weights; images as they are at "
@@ -43,6 +43,7 @@ def _model(one: Probe) -> dict[str, Any]:
             "test_accuracy_of_pixels": one.pixels[kind],
             "validation_accuracies": dict(zip(one.blocks, grid.accuracy.T.tolist(), strict=True)),
             "settings": dict(zip(one.blocks, grid.settings.T.tolist(), strict=True)),
+            "not_converged": grid.stopped,
         }
     return {
         "T": one.steps,
@@ -84,7 +85,13 @@ def as_text(probes: Mapping[str, Probe]) -> str:
         if one.classifier is not None:
             own = ("", 0, "", "", _with_error(one.classifier, test))
             lines.append(columns.format(shown, "classifier", *own))
-    said = [f"{name}: {one.shape.sentence}" for name, one in probes.items()]
+    said = []
+    for name, one in probes.items():
+        for kind, grid in one.grids.items():
+            if grid.stopped:
+                at = f"ended at {ITERATIONS:,} iterations, before they converged"
+                said.append(f"{name}: {grid.stopped} of {grid.accuracy.size} {kind} probes {at}.")
+        said.append(f"{name}: {one.shape.sentence}")
     return "\n".join([*lines, "Accuracies; ± is two standard errors.", *said])
 
 

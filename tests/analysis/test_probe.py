@@ -81,6 +81,19 @@ def test_the_choice_is_that_of_validation_and_the_same_in_every_run(
     assert found.classifier == np.mean(own == splits["test"].labels)
 
 
+def test_probes_that_do_not_converge_are_counted(found, joint, splits, monkeypatch, recwarn):
+    assert found.grids["linear"].stopped == found.grids["knn"].stopped == 0
+    assert "converged" not in probe_report.as_text({"runs/a": found})
+    monkeypatch.setattr("jdm.analysis.probe.ITERATIONS", 2)
+    hasty = probe(joint, splits, dataclasses.replace(OPTIONS, blocks=("mid",)), batch_size=EACH)
+    cells = hasty.grids["linear"].accuracy.size
+    assert hasty.grids["linear"].stopped == cells and hasty.grids["knn"].stopped == 0
+    assert f"runs/a: {cells} of {cells} linear probes ended at" in probe_report.as_text(
+        {"runs/a": hasty}
+    )
+    assert not [one for one in recwarn if "converge" in str(one.message)]
+
+
 def test_unlabelled_images_are_left_out_and_training_images_limited_by_class(splits):
     labels = np.repeat(np.array([-1, 0, 1], np.int32), 60)
     some = {name: Split(one.images, labels, name) for name, one in splits.items()}
