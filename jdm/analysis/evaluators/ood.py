@@ -37,11 +37,9 @@ def max_probability(logits: Float[np.ndarray, "n k"], multi_label: bool) -> Scor
 
 def energy(logits: Float[np.ndarray, "n k"], multi_label: bool) -> Scores:
     """The free energy of the logits."""
-    return (
-        -np.logaddexp(0, logits).sum(axis=1)
-        if multi_label
-        else -np.logaddexp.reduce(logits, axis=1)
-    )
+    if multi_label:
+        return -np.logaddexp(0, logits).sum(axis=1)
+    return -np.logaddexp.reduce(logits, axis=1)
 
 
 def ood(joint: Joint, split: Split, options: EvaluationOptions) -> Iterator[tuple[str, float]]:
