@@ -97,12 +97,17 @@ def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
             import fcntl  # not on every system that can sample
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(lock.open("ab"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waits()
-                fcntl.flock(file, fcntl.LOCK_EX)
+            held_by_name = False
+            while not held_by_name:
+                file = held.enter_context(lock.open("ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waits()
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever had it before has deleted it, and others may hold a new one of that name.
+                with contextlib.suppress(FileNotFoundError):
+                    held_by_name = os.path.samestat(os.fstat(file.fileno()), lock.stat())
             held.callback(lock.unlink, missing_ok=True)
         yield
 

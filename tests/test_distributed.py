@@ -358,6 +358,28 @@ def test_two_processes_make_a_folder_once(tmp_path):
     assert waited == [0, 0]
 
 
+def test_a_lock_that_was_deleted_is_taken_anew(tmp_path):
+    """Two wait for one, which deletes what they hold."""
+    inside, most, waited = [], [], []
+
+    def make():
+        with one_at_a_time(tmp_path / "x", lambda: waited.append(1)):
+            inside.append(1)
+            while not waited:  # the first is still there when the second comes
+                time.sleep(0.01)
+            time.sleep(0.02)
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+
+
 def test_the_facts_of_a_run_are_ready_for_json(run, tmp_path, monkeypatch):
     """All flags and config values, with those that only one process has left out."""
     seen = {}

@@ -63,10 +63,10 @@ def prepare(
         _check_possible(facts, path)
         waits = functools.partial(say, f"waiting for another process, which prepares {name}")
         with one_at_a_time(path, waits):
-            if path.exists():  # the other process has prepared it meanwhile
-                builder = make_builder(facts, data_dir, **options)
-            else:
+            if not path.exists():  # otherwise another process has prepared it meanwhile
                 _prepare_records(facts, builder, path, originals)
+        # If another process was faster, the old builder knows no splits.
+        builder = make_builder(facts, data_dir, **options)
     if facts.is_folder:
         for split, count in facts.splits.items():
             if missing := count - builder.info.splits[split].num_examples:
@@ -141,6 +141,8 @@ def _prepare_records(facts: Dataset, builder: Any, path: Path, originals: str) -
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's messages; its bars use stderr
             builder.download_and_prepare(**options)
     except Exception as error:  # TFDS, its downloader and TensorFlow share no error type
+        if path.exists():  # on a disk without locks another process was faster
+            return
         # ArrayRecord's errors have no errno.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise DataError(f"no space is left in {path.parent} for {name}") from error

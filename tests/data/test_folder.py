@@ -5,16 +5,12 @@ import os
 import signal
 import sys
 import tarfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jdm.data import DataError, folder_builder
-from jdm.data import prepare as prepare_module
 from jdm.data.decoding import decode
 from jdm.data.folder import listing
 from jdm.data.lookup import dataset
@@ -56,24 +52,6 @@ def folder(tmp_path):
     (root / "dog" / "notes.txt").write_text("good dog")
     (root / ".hidden").mkdir()
     return root
-
-
-def test_two_that_prepare_a_folder_at_once_prepare_it_once(folder, tmp_path, monkeypatch, capfd):
-    name, data, both, written = f"folder:{folder}", str(tmp_path / "data"), Barrier(2), []
-    write = prepare_module._prepare_records
-
-    def slow(*args):
-        written.append(args)
-        time.sleep(0.5)
-        write(*args)
-
-    monkeypatch.setattr(prepare_module, "_check_possible", lambda *args: both.wait(60))
-    monkeypatch.setattr(prepare_module, "_prepare_records", slow)
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(prepare, [name] * 2, [data] * 2)
-    assert first == second and len(written) == 1 and len(read(name, data).images) == 9
-    assert f"waiting for another process, which prepares {name}\n" in capfd.readouterr().err
-    assert not list(first.parent.glob("*.lock"))
 
 
 def test_a_folder_has_facts_like_an_entry_of_the_table(folder):

@@ -1,17 +1,23 @@
 """What the preparation of a data set refuses, and which files it leaves."""
 
+import contextlib
 import errno
 import hashlib
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.utils import Size
 
 from jdm.data import DataError
 from jdm.data import prepare as module
 from jdm.data.prepare import prepare
+from jdm.data.splits import ReadOptions, load_split
 from jdm.errors import InvalidValue
 
 
@@ -123,3 +129,31 @@ def test_original_files_go_with_downloaded_sets(builder, originals):
         prepare("digits", originals=str(originals))
     with pytest.raises(InvalidValue, match="^from='/absent' is not a folder$"):
         prepare("cifar10", originals="/absent")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_that_prepare_a_folder_at_once(tmp_path, monkeypatch, capfd, locks):
+    """Both have found that nothing is prepared before one begins."""
+    for i in range(4):
+        path = tmp_path / "pets" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(path)
+    name, data = f"folder:{tmp_path / 'pets'}", str(tmp_path / "data")
+    both, written, write = threading.Barrier(2), [], module._prepare_records
+
+    def slow(*args):
+        written.append(args)
+        time.sleep(0.3) if locks else both.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(module, "_check_possible", lambda *args: both.wait(60))
+    monkeypatch.setattr(module, "_prepare_records", slow)
+    if not locks:
+        monkeypatch.setattr(module, "one_at_a_time", lambda *args: contextlib.nullcontext())
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(prepare, [name] * 2, [data] * 2)
+    assert first == second and len(written) == (1 if locks else 2)
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name]
+    assert len(load_split(name, "train", ReadOptions(data, 8, 1)).images) == 4
+    waited = f"waiting for another process, which prepares {name}\n" in capfd.readouterr().err
+    assert waited == locks

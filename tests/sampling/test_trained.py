@@ -65,7 +65,7 @@ def test_samples_show_their_labels_and_are_like_real_images(images, guidance, le
 
 
 def test_fifty_steps_to_the_noise_and_back_keep_the_image():
-    real = load_split("digits", "test").images[:8]  # few, as this process compiles for tests
+    real = load_split("digits", "test").images[:16]
     noise = jdm.invert("digits", real, steps=50)
     back = jdm.sample("digits", noise=noise, steps=50, threshold="none").images
     assert np.abs(back.astype(float) - real).mean() < 2
