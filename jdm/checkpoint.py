@@ -77,10 +77,10 @@ def save(
     """Saves one step; returns when it is on disk under its final name.
 
     workdir: created if it does not exist. step: 0 or more. weights, train_state: pytrees of arrays,
-    sharded or not. config, data: values that JSON can represent. An item that is None is not saved:
-    a converted model has weights and a config only. keep: 1 or more; once the new step is in place,
-    all others but the `keep` highest are deleted. Not deleted either: steps that divide by
-    keep_every, where it is not 0, and the step `spared`.
+    sharded or not (of a random key, its `jax.random.key_data`). config, data: values that JSON can
+    represent. An item that is None is not saved: a converted model has weights and a config only.
+    keep: 1 or more; once the new step is in place, all others but the `keep` highest are deleted.
+    Not deleted either: steps that divide by keep_every, where it is not 0, and the step `spared`.
 
     Raises CheckpointError where the step exists already (a resumed run never needs to replace one)
     or writing fails, as on a full disk; earlier steps are unchanged. Raises InvalidValue for keep.
@@ -93,7 +93,7 @@ def save(
         raise CheckpointError(f"{final} exists already and is not overwritten")
     items = dict(weights=weights, train_state=train_state, data=data, config=config)
     items = {item: value for item, value in items.items() if value is not None}
-    json_args, tree_args = ocp.args.JsonSave, ocp.args.StandardSave
+    json_args, tree_args = ocp.args.JsonSave, ocp.args.PyTreeSave
     args = {k: (json_args if _is_json(k) else tree_args)(v) for k, v in items.items()}
     writer = distributed.is_main()
     try:
@@ -278,8 +278,10 @@ def _is_json(item: str) -> bool:
 
 def _load(root: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """What Orbax restores of a folder; see `_read`."""
-    json_args, tree_args = ocp.args.JsonRestore, ocp.args.StandardRestore
-    args = {k: json_args() if _is_json(k) else tree_args(v) for k, v in targets.items()}
+    args = {item: ocp.args.JsonRestore() for item in targets if _is_json(item)}
+    for item in targets.keys() - args.keys():
+        places = ocp.checkpoint_utils.construct_restore_args(targets[item])
+        args[item] = ocp.args.PyTreeRestore(targets[item], places)
     with checkpointer(alone=distributed.count() == 1) as reading:
         restored = reading.restore(root, args=ocp.args.Composite(**args))
     return {item: restored[item] for item in targets}

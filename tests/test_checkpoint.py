@@ -33,7 +33,6 @@ class State:
     step: jax.Array
     params: dict
     opt_state: optax.OptState
-    key: jax.Array
 
 
 def make_params():
@@ -51,7 +50,7 @@ def make_state():
     opt_state = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape) * 100, x.dtype), opt_state
     )
-    return State(jnp.int32(7), params, opt_state, jax.random.key(3))
+    return State(jnp.int32(7), params, opt_state)
 
 
 def cast(tree, dtype):
@@ -73,13 +72,7 @@ def save(workdir, step, *, keep=10, keep_every=0, **items):
 
 def bits(tree):
     """The arrays as unsigned integers: the sign of a zero counts, and NaN equals itself."""
-
-    def view(x):
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        x = np.asarray(jax.random.key_data(x) if is_key else x)
-        return x.view(f"u{x.itemsize}")
-
-    return jax.tree.map(view, tree)
+    return jax.tree.map(lambda x: np.asarray(x).view(f"u{x.dtype.itemsize}"), tree)
 
 
 def assert_same(got, want):

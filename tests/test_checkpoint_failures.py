@@ -111,7 +111,7 @@ def test_full_disk(tmp_path):
 
 KILLED = """
 # Forked, which is safe before JAX is used: importing it takes longer than saving.
-moments = [(checkpoint.ocp.StandardCheckpointHandler, "finalize"), (checkpoint, "_seal")]
+moments = [(checkpoint.ocp.PyTreeCheckpointHandler, "finalize"), (checkpoint, "_seal")]
 for workdir, moment in zip(sys.argv[1:], moments, strict=True):
     if os.fork() == 0:
         setattr(*moment, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
@@ -136,12 +136,19 @@ def test_killed_while_saving(tmp_path):
 def test_a_save_that_cannot_be_read_gets_no_final_name(tmp_path, monkeypatch):
     """Orbax only logs it when it does not find what it has written."""
     save(tmp_path, 1)
-    finalize = (checkpoint.ocp.StandardCheckpointHandler, "finalize")
+    finalize = (checkpoint.ocp.PyTreeCheckpointHandler, "finalize")
     monkeypatch.setattr(*finalize, lambda *args, **kwargs: None)
     with pytest.raises(CheckpointError, match="could not save .*/2: ") as info:
         save(tmp_path, 2)
     assert "\n" not in str(info.value)
     assert names(tmp_path) == ["1"]
+
+
+def test_a_typed_random_key_is_refused(tmp_path):
+    """It would come back as an array of its numbers."""
+    with pytest.raises(CheckpointError, match=r"does not fit at key: expected key<fry>"):
+        checkpoint.save(tmp_path, 1, weights={"key": jax.random.key(0)}, config={}, keep=1)
+    assert names(tmp_path) == []
 
 
 # --- devices and processes ------------------------------------------------------------------------
