@@ -6,14 +6,18 @@
 
 The archive holds train/{red,white,platelet}/SSSSS_NN.png, where SSSSS is the smear, of the BCCD
 data set (Shenggan/BCCD_Dataset, MIT licence). Cells of one smear look alike, so all of them go into
-one split: a tenth of the smears is "validation", a fifth "test", by a draw with a fixed seed.
+one split: a tenth of the smears is "validation", a fifth "test", by a draw with a fixed seed. A
+smear has no upper side, so each training cell is written in its eight orientations.
 """
 
 import argparse
+import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from PIL import Image
 
 SEED = 20_261_126
 SHARES = {"validation": 0.1, "test": 0.2}
@@ -34,8 +38,20 @@ def splits(smears: list[str]) -> dict[str, str]:
     return {str(one): split for split, part in named for one in part}
 
 
+def orientations(image: Image.Image) -> Iterator[Image.Image]:
+    """The image turned by 0, 90, 180 and 270 degrees, and its mirror image likewise."""
+    for one in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+        yield one
+        yield one.transpose(Image.Transpose.ROTATE_90)
+        yield one.transpose(Image.Transpose.ROTATE_180)
+        yield one.transpose(Image.Transpose.ROTATE_270)
+
+
 def write_folder(tar: Path, out: Path) -> None:
-    """Writes <out>/<split>/<class>/<file>. Raises FileExistsError where `out` exists."""
+    """Writes <out>/<split>/<class>/<smear>_<cell>[_<orientation>].png.
+
+    Raises FileExistsError where `out` exists.
+    """
     out.mkdir(parents=True)
     with tarfile.open(tar) as archive:
         cells = [member for member in archive.getmembers() if member.name.endswith(".png")]
@@ -44,9 +60,15 @@ def write_folder(tar: Path, out: Path) -> None:
             content = archive.extractfile(cell)
             assert content is not None, cell.name
             name = PurePosixPath(cell.name)
-            path = out / split_of[smear(cell.name)] / name.parent.name / name.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.read())
+            split = split_of[smear(cell.name)]
+            folder = out / split / name.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            if split != "train":
+                (folder / name.name).write_bytes(content.read())
+                continue
+            image = Image.open(io.BytesIO(content.read()))
+            for number, turned in enumerate(orientations(image)):
+                turned.save(folder / f"{name.stem}_{number}.png")
 
 
 def main() -> None:
