@@ -26,7 +26,7 @@ from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import location
-from jdm.mesh import local_mesh, replicated
+from jdm.mesh import in_batches, local_mesh, replicated
 from jdm.nn.model import JointModel, make_model, weight_shapes
 from jdm.nn.unet import block_names
 from jdm.numerics import fixed_flags
@@ -376,15 +376,12 @@ def classify(
     images = check_images(joint, images)
     Option(256, "", POSITIVE).check("batch_size", batch_size)
     probabilities = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax
-    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        pad = min(batch_size, len(images)) - len(batch)
-        batch = np.pad(batch, ((0, pad), (0, 0), (0, 0), (0, 0)))
+
+    def of_batch(batch: Any) -> Any:
         t = jnp.zeros(len(batch), jnp.int32)
-        logits = logits_of(joint.model, joint.weights, to_floats(batch), t)
-        rows.append(np.asarray(probabilities(logits))[: len(batch) - pad])
-    found = np.concatenate(rows)
+        return probabilities(logits_of(joint.model, joint.weights, to_floats(batch), t))
+
+    found = in_batches(of_batch, [images], min(batch_size, len(images)), joint.weights)
     if not names:
         return found
     order = np.argsort(-found, axis=1, kind="stable")
@@ -394,7 +391,7 @@ def classify(
     ]
 
 
-def to_floats(images: np.ndarray) -> Float[jax.Array, "n h w c"]:
+def to_floats(images: np.ndarray | jax.Array) -> Float[jax.Array, "n h w c"]:
     """uint8 images, or floats in [-1, 1], as floats in [-1, 1]."""
     x = jnp.asarray(images)
     return pixels_to_float(x) if x.dtype == jnp.uint8 else x

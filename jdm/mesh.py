@@ -132,6 +132,63 @@ def check_batch(batch_size: int, mesh: Mesh, parameter: str) -> None:
         raise InvalidValue(parameter, batch_size, f"does not divide by the {mesh.size} devices")
 
 
+def on_devices(arrays: PyTree, rows: int, mesh: Mesh) -> PyTree:
+    """A tree of NumPy arrays, each padded with its last row to `rows` rows, and split over the
+    devices."""
+    by = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.device_put(_padded(arrays, rows), by)
+
+
+def _padded(arrays: PyTree, rows: int) -> PyTree:
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
+
+    return jax.tree.map(pad, arrays)
+
+
+def in_batches(
+    function: Callable[..., PyTree],
+    arrays: Sequence[np.ndarray],
+    size: int,
+    weights: PyTree = None,
+    done: Callable[[int], Any] = lambda count: None,
+) -> PyTree:
+    """What a function computes row by row, in batches of one shape: NumPy arrays of all rows.
+
+    function: (a batch of each of the arrays) -> a tree of arrays with as many rows. arrays: one or
+    more, of N rows each. size: rows of a batch, 1 or more; it does not change the result. weights:
+    what the function computes with. Where they are on several devices of this host, so are the rows
+    of a batch, whose number is then rounded up to a multiple of the devices. done: called after
+    each batch with its number of rows.
+    """
+    rows = len(arrays[0])
+    if not rows:
+        return jax.tree.map(
+            lambda x: np.zeros((0, *x.shape[1:]), x.dtype),
+            jax.eval_shape(function, *(np.zeros((1, *x.shape[1:]), x.dtype) for x in arrays)),
+        )
+    mesh = _mesh_of(weights)
+    size = size if mesh is None else -(-size // mesh.size) * mesh.size
+    found = []
+    for start in range(0, rows, size):
+        part = tuple(x[start : start + size] for x in arrays)
+        count = len(part[0])
+        batch = _padded(part, size) if mesh is None else on_devices(part, size, mesh)
+        found.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(*batch)))
+        done(count)
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+
+def _mesh_of(weights: PyTree) -> Mesh | None:
+    """The devices that arrays are on; None where they are on no mesh, or on that of several
+    hosts."""
+    found = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(weights)[:1]]
+    for sharding in found:
+        if isinstance(sharding, NamedSharding) and sharding.is_fully_addressable:
+            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return None
+
+
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch as rows of a global array over the mesh."""
     sharding = by_row(mesh)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from jdm import distributed, names
 from jdm.analysis.features import features, widths
 from jdm.analysis.metrics import Pixels
-from jdm.analysis.reference import Reference, in_batches
+from jdm.analysis.reference import Reference, of_images
 from jdm.analysis.shares import in_shares
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import local_path, whole_folder
@@ -95,7 +95,7 @@ def _inception(
                 (found,) = network(torch.from_numpy(np.moveaxis(rgb, 3, 1).copy()))
             return found.numpy()
 
-        return in_batches(of_batch, images, min(batch_size, INCEPTION_BATCH), shared)
+        return of_images(of_batch, images, min(batch_size, INCEPTION_BATCH), shared)
 
     arrays = [x.numpy() for _, x in sorted(network.state_dict().items())]
     return lambda: Extractor("inception", digest(arrays), 2048, extract)

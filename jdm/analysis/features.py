@@ -18,6 +18,7 @@ from jaxtyping import Float
 from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
 from jdm.joint import Joint, as_joint, check_images, image_shape, to_floats
+from jdm.mesh import in_batches
 from jdm.names import check_name
 from jdm.nn.model import JointModel, example_inputs, weight_shapes
 from jdm.numerics import fixed_flags, key_of
@@ -119,13 +120,12 @@ def features(
     if not isinstance(t, int | np.integer) or not 0 <= t < steps:
         raise InvalidValue("t", t, f"must be a whole number in [0, {steps})")
     Option(256, "", POSITIVE).check("batch_size", batch_size)
-    static, rows = (joint.model, joint.diffusion, chosen), []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        count = min(batch_size, len(images))
-        padded = np.pad(batch, ((0, count - len(batch)), (0, 0), (0, 0), (0, 0)))
-        seeds = np.arange(seed + start, seed + start + count, dtype=np.uint32)
-        found = _features(*static, joint.weights, to_floats(padded), jnp.int32(t), seeds)
-        rows.append(np.asarray(found)[: len(batch)])
+    static, weights = (joint.model, joint.diffusion, chosen), joint.weights
+    seeds = np.arange(seed, seed + len(images), dtype=np.uint32)
+
+    def of_batch(batch: Any, seeds: Any) -> Any:
+        return _features(*static, weights, to_floats(batch), jnp.int32(t), seeds)
+
+    found = in_batches(of_batch, [images, seeds], min(batch_size, len(images)), weights)
     columns = tuple(name for name in chosen for _ in range(known[name]))
-    return BlockFeatures(np.concatenate([np.zeros((0, len(columns)), np.float32), *rows]), columns)
+    return BlockFeatures(found, columns)

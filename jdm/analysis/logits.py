@@ -1,10 +1,7 @@
-"""Logits of many images, clean or noised, and the noise of an image by its seed and index.
-
-Owns batches of one shape, so that each program is compiled once for all sets of images.
-"""
+"""Logits of many images, clean or noised, and the noise of an image by its seed and index."""
 
 import functools
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +10,13 @@ from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 
 from jdm.analysis.calibration import labelled_rows
 from jdm.analysis.shares import in_shares
-from jdm.data.pipeline import eval_batches
 from jdm.data.splits import Split
 from jdm.diffusion.process import pixels_to_float
 from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
 from jdm.joint import Joint, logits_of
+from jdm.mesh import in_batches
 from jdm.numerics import fixed_flags, key_of
-
-
-def batches(
-    images: UInt8[np.ndarray, "n h w c"], batch_size: int, first: int = 0
-) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"], int]]:
-    """(images [B, H, W, C], their indices [B], how many are real); the last batch is padded. first:
-    the index of the first image."""
-    unused = np.zeros(len(images), np.int32)
-    for i, batch in enumerate(eval_batches(images, unused, batch_size)):
-        start = first + i * batch_size
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        yield batch["image"], index, int(batch["mask"].sum())
 
 
 def image_keys(seed: UInt[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -62,16 +47,17 @@ def image_logits(
     it does not change the result. shared: see `shares.in_shares`.
     """
 
+    def of_batch(batch: Any, index: Any) -> Any:
+        if t == 0:
+            x = pixels_to_float(jnp.asarray(batch))
+        else:
+            x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
+        times = jnp.full(len(batch), t, jnp.int32)
+        return logits_of(joint.model, joint.weights, x, times)
+
     def logits(rows: slice) -> np.ndarray:
-        found = [np.zeros((0, joint.model.num_classes), np.float32)]
-        for batch, index, count in batches(images[rows], batch_size, rows.start):
-            if t == 0:
-                x = pixels_to_float(jnp.asarray(batch))
-            else:
-                x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
-            times = jnp.full(len(batch), t, jnp.int32)
-            found.append(np.asarray(logits_of(joint.model, joint.weights, x, times))[:count])
-        return np.concatenate(found)
+        index = np.arange(rows.start, rows.stop, dtype=np.int32)
+        return in_batches(of_batch, [images[rows], index], batch_size, joint.weights)
 
     return in_shares(logits, len(images), shared)
 

@@ -42,7 +42,7 @@ from jdm.diffusion.process import Diffusion
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import whole_folder
 from jdm.joint import Joint, abstract_weights, classify, digest, load, to_floats
-from jdm.mesh import local_mesh, make_mesh, replicated, to_global
+from jdm.mesh import in_batches, local_mesh, make_mesh, replicated, to_global
 from jdm.messages import say
 from jdm.nn.model import JointModel, make_model
 from jdm.numerics import fixed_flags, key_of
@@ -283,8 +283,12 @@ class ReferenceNetwork(Reference):
         return in_shares(probabilities, len(images), self.shared)
 
     def features(self, images: Pixels) -> Float[np.ndarray, "n d"]:
-        hidden = functools.partial(_hidden, self.joint.model, self.joint.weights)
-        return in_batches(lambda x: hidden(to_floats(x)), images, self.batch_size, self.shared)
+        model, weights = self.joint.model, self.joint.weights
+
+        def hidden(batch: Any) -> Any:
+            return _hidden(model, weights, to_floats(batch))
+
+        return of_images(hidden, images, self.batch_size, self.shared, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -305,21 +309,20 @@ def _hidden(model: JointModel, weights: Any, x: Any) -> Any:
     return nn.silu(normalised)
 
 
-def in_batches(
-    function: Callable, images: Pixels, batch_size: int, shared: bool = False
+def of_images(
+    function: Callable,
+    images: Pixels,
+    batch_size: int,
+    shared: bool = False,
+    weights: Any = None,
 ) -> Float[np.ndarray, "n d"]:
-    """The results of a function of images [B, H, W, C], for batches of one shape, joined. shared:
-    see `shares.in_shares`."""
+    """What a function of images [B, H, W, C] computes for all images; see `mesh.in_batches`.
+    shared: see `shares.in_shares`."""
     if not len(images):
         raise InvalidValue("images", NO_VALUE, "are none; there must be at least 1")
 
     def results(rows: slice) -> np.ndarray:
-        ours, found = images[rows], []
-        size = min(batch_size, len(ours))
-        for start in range(0, len(ours), size):
-            batch = ours[start : start + size]
-            padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            found.append(np.asarray(function(padded), np.float32)[: len(batch)])
-        return np.concatenate(found)
+        size = min(batch_size, rows.stop - rows.start)
+        return in_batches(function, [images[rows]], size, weights).astype(np.float32)
 
     return in_shares(results, len(images), shared)

@@ -29,7 +29,7 @@ from absl import flags
 from jaxtyping import Int
 
 from jdm.data import DataError
-from jdm.data.images import Images, Pixels, Selection
+from jdm.data.images import Images, Selection
 from jdm.data.labels import Labels, random_order
 from jdm.errors import InvalidValue
 
@@ -191,31 +191,6 @@ def train_batches(
     _check(images, labels, batch_size, host, hosts)
     source = _HostBatches(images, labels, batch_size=batch_size, seed=seed, host=host, hosts=hosts)
     return TrainBatches(source, workers)
-
-
-def eval_batches(
-    images: Pixels, labels: Labels, batch_size: int, *, host: int = 0, hosts: int = 1
-) -> Iterator[Batch]:
-    """Every image once, in order, in batches {"image", "label", "mask": bool [B/H]} of one shape.
-
-    batch_size, host, hosts: as in `train_batches`, with the same errors. The last batch is padded
-    with black images of label -1, whose mask is False. Every host gets the same number of batches.
-    """
-    _check(images, labels, batch_size, host, hosts)
-    rows = batch_size // hosts
-
-    def batches() -> Iterator[Batch]:  # a generator inside, so that the checks run at once
-        for start in range(0, len(images), batch_size):
-            ours = slice(start + host * rows, start + (host + 1) * rows)
-            image, label = images[ours], labels[ours]
-            pad = [(0, rows - len(image)), (0, 0), (0, 0), (0, 0)]
-            yield {
-                "image": np.pad(image, pad),
-                "label": np.pad(label, pad[: label.ndim], constant_values=-1),
-                "mask": np.arange(rows) < len(image),
-            }
-
-    return batches()
 
 
 def _check(images: PixelSource, labels: Labels, batch_size: int, host: int, hosts: int) -> None:

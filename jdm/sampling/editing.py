@@ -16,7 +16,7 @@ from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_images, image_shape, name_of, to_floats
-from jdm.mesh import local_mesh, replicated
+from jdm.mesh import local_mesh, on_devices, replicated
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
@@ -113,7 +113,7 @@ def invert(
     with Progress(len(images), "inverting", "images") as progress:
         for start in range(0, len(images), rows):
             part = slice(start, start + rows)
-            inputs = programs.on_devices((images[part], request.targets[part]), rows, mesh)
+            inputs = on_devices((images[part], request.targets[part]), rows, mesh)
             noise.append(np.asarray(program(weights, *inputs, scale))[: len(images[part])])
             progress.advance(len(noise[-1]))
     return np.concatenate(noise)

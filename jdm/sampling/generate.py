@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jdm.joint import Joint
-from jdm.mesh import local_mesh, replicated
+from jdm.mesh import local_mesh, on_devices, replicated
 from jdm.profiling import trace
 from jdm.sampling import programs
 from jdm.sampling.request import Request
@@ -67,7 +67,7 @@ def make_generator(
             part = request.part(slice(start, start + rows))
             count, probabilities = len(part.seeds), None
             inputs = part.seeds, part.targets, part.given
-            seeds, targets, given = programs.on_devices(inputs, rows, mesh)
+            seeds, targets, given = on_devices(inputs, rows, mesh)
             images, trajectory, finite = program(weights, seeds, targets, scale, given)
             if not (finite := np.asarray(finite)[:count]).all():
                 raise FloatingPointError(

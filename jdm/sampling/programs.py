@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jdm.diffusion.guidance import Network, guide, log_probabilities_of
@@ -137,15 +136,6 @@ def _abstract_inputs(model: JointModel, mesh: Mesh, rows: int) -> tuple[jax.Shap
         jax.ShapeDtypeStruct((rows, targets), jnp.float32, sharding=by),
         jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
     )
-
-
-def on_devices(arrays: Any, rows: int, mesh: Mesh) -> Any:
-    """A tree of arrays, each padded with its last row to `rows` rows, and split over the mesh."""
-
-    def pad(x: np.ndarray) -> np.ndarray:
-        return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
-
-    return jax.device_put(jax.tree.map(pad, arrays), by_row(mesh))
 
 
 @functools.cache  # each memory_analysis takes tens of milliseconds

@@ -19,7 +19,7 @@ from jdm.diffusion.method import OPTIONS, Method, method_of
 from jdm.diffusion.process import Estimate, float_to_pixels
 from jdm.diffusion.samplers import SAMPLERS, initial_noise, timesteps, visitor, visits
 from jdm.joint import Joint, abstract_weights, as_joint, image_shape, make_network, name_of
-from jdm.mesh import by_row, local_mesh, replicated
+from jdm.mesh import by_row, local_mesh, on_devices, replicated
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import takes
 from jdm.sampling import programs
@@ -96,7 +96,7 @@ def _emerging(
         part = request.part(slice(start, start + rows))
         count, estimates = len(part.seeds), []
         with fixed_flags():
-            inputs = programs.on_devices((part.seeds, part.targets), rows, mesh)
+            inputs = on_devices((part.seeds, part.targets), rows, mesh)
             carry = _start(joint.model, joint.diffusion, program, inputs[0])
         for visit in zip(*(_entries(one) for one in schedule), strict=True):
             with fixed_flags():

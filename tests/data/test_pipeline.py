@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdm.data import DataError
-from jdm.data.pipeline import epoch_permutation, eval_batches, train_batches
+from jdm.data.pipeline import epoch_permutation, train_batches
 from jdm.data.splits import ReadOptions, training_set
 
 fast = settings(max_examples=30, deadline=None)
@@ -172,8 +172,6 @@ def test_images_may_have_k_labels():
     batch = next(train_batches(images, several, batch_size=4, seed=0))
     assert batch["label"].dtype == np.int8
     np.testing.assert_array_equal(batch["label"], several[batch["image"][:, 0, 0, 0]])
-    *_, last = eval_batches(images, several, 3)
-    np.testing.assert_array_equal(last["label"], [*several[3:], [-1, -1]])
 
 
 def test_batches_are_copies():
@@ -184,31 +182,9 @@ def test_batches_are_copies():
     assert np.array_equal(images, numbered(6)[0]) and np.array_equal(labels, numbered(6)[1])
 
 
-# Evaluation --------------------------------------------------------------------------------------
-
-
-@fast
-@given(n=st.integers(0, 100), rows=st.integers(1, 20), hosts=st.integers(1, 4))
-def test_evaluation_sees_every_image_once(n, rows, hosts):
-    by_host = [
-        list(eval_batches(*numbered(n), rows * hosts, host=h, hosts=hosts)) for h in range(hosts)
-    ]
-    seen = []
-    for parts in zip(*by_host, strict=True):  # strict: hosts must agree on the number of batches
-        for batch in parts:
-            assert batch["image"].shape == (rows, 2, 2, 1)
-            assert batch["label"].shape == batch["mask"].shape == (rows,)
-            assert batch["mask"].dtype == bool
-            seen += rows_of({k: v[batch["mask"]] for k, v in batch.items()})
-            assert np.all(batch["image"][~batch["mask"]] == 0)
-            assert np.all(batch["label"][~batch["mask"]] == -1)
-    assert seen == list(range(n))
-
-
 # Arguments ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batches", [train_batches, eval_batches])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -219,10 +195,9 @@ def test_evaluation_sees_every_image_once(n, rows, hosts):
         ({"batch_size": 8, "host": -1, "hosts": 2}, "host is -1 of 2"),
     ],
 )
-def test_sizes_and_hosts_are_checked_before_the_first_batch(batches, wrong, message):
-    seed = {"seed": 0} if batches is train_batches else {}
+def test_sizes_and_hosts_are_checked_before_the_first_batch(wrong, message):
     with pytest.raises(ValueError, match=message):
-        batches(*numbered(20), **wrong, **seed)
+        train_batches(*numbered(20), **wrong, seed=0)
 
 
 UNGUARDED = """

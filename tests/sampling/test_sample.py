@@ -38,26 +38,60 @@ def test_image_depends_on_its_seed_alone(joint):
     assert (one.images[0] != one.images[1]).any()
 
 
-def test_eight_devices_give_the_images_and_the_noise_of_one(
-    tiny, joint, assert_same_images, tmp_path
-):
-    code = f"""
-import sys, jax, numpy as np, jdm
+EVALUATED = """
+import jdm
+from jdm.analysis.evaluators.likelihood import image_bounds
+from jdm.analysis.logits import image_logits
+
+def evaluated(joint, images):
+    rows = dict(batch_size=6)
+    bounds = image_bounds(joint, images, 2, **rows)
+    return dict(
+        classified=jdm.classify(joint, images, **rows),
+        logits=image_logits(joint, images, t=5, **rows),
+        features=jdm.features(joint, images, t=5, **rows).values,
+        prior=bounds.prior,
+        terms=bounds.terms,
+    )
+"""
+EIGHT_DEVICES = """
+import sys
+import jax, numpy as np
+from jdm import mesh
+
 assert jax.device_count() == 8
-joint = jdm.load({str(tiny)!r})
+joint = jdm.load(sys.argv[1])
 samples = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
 noise = jdm.invert(joint, samples.images, steps=3, iterations=2)
-np.savez(sys.argv[1], images=samples.images, noise=noise)
+
+placed, on_devices = [], mesh.on_devices
+mesh.on_devices = lambda *what: placed.append(on_devices(*what)) or placed[-1]
+found = evaluated(joint, samples.images)
+# 20 images, 8 at a time, one on each device; four evaluations.
+assert [len(images) for images, *_ in placed] == [8] * 12
+for x in jax.tree.leaves(placed):
+    assert x.sharding.shard_shape(x.shape)[0] == 1
+np.savez(sys.argv[2], images=samples.images, noise=noise, **found)
 """
+
+
+def test_eight_devices_give_the_images_the_noise_and_the_figures_of_one(
+    tiny, joint, assert_same_images, tmp_path
+):
+    code = EVALUATED + EIGHT_DEVICES
     path = tmp_path / "eight.npz"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags}
-    subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True)
+    subprocess.run([sys.executable, "-c", code, str(tiny), str(path)], env=env, check=True)
     one = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
     with np.load(path) as eight:
         assert_same_images(eight["images"], one.images)
         noise = jdm.invert(joint, eight["images"], steps=3, iterations=2)
         np.testing.assert_allclose(eight["noise"], noise, atol=1e-4 * abs(noise).max())
+        defined: dict = {}
+        exec(EVALUATED, defined)
+        for name, figures in defined["evaluated"](joint, eight["images"]).items():
+            np.testing.assert_allclose(eight[name], figures, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_pixel_guidance_follows_the_classifier_it_is_given(joint, assert_same_images):

@@ -40,17 +40,17 @@ Value = float | Curve | Table | Record  # training logs the floats; reports show
 class EvaluationOptions:
     """What evaluators need beside the model and the split.
 
-    batch_size: images that the network evaluates at once; it does not change the values. load: a
-    function from the name of a split to that split of the same data set, for what is fitted on
-    other images than those that are measured; None where there is none. other: images of another
-    data set, which are out of distribution; their labels are not used. samples: the number of
-    images to generate. method: how they are sampled. features: what distances between images are
-    measured in, of names.EXTRACTORS. cache: the folder that keeps what is computed from real
-    images, such as their features and reference classifiers; None is that of the model's data set.
-    seed: of all draws. bound_steps: at how many of the T noise levels the variational bound of each
-    image is computed; None is at all, which takes T forward passes an image. shared: whether all
-    processes of a run evaluate together, with the same arguments, and share the images that go
-    through a network, see `shares.in_shares`.
+    batch_size: images that the network evaluates at once, on all devices of this host; it does not
+    change the values. load: a function from the name of a split to that split of the same data set,
+    for what is fitted on other images than those that are measured; None where there is none.
+    other: images of another data set, which are out of distribution; their labels are not used.
+    samples: the number of images to generate. method: how they are sampled. features: what
+    distances between images are measured in, of names.EXTRACTORS. cache: the folder that keeps what
+    is computed from real images, such as their features and reference classifiers; None is that of
+    the model's data set. seed: of all draws. bound_steps: at how many of the T noise levels the
+    variational bound of each image is computed; None is at all, which takes T forward passes an
+    image. shared: whether all processes of a run evaluate together, with the same arguments, and
+    share the images that go through a network, see `shares.in_shares`.
     """
 
     batch_size: int

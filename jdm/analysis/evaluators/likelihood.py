@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jdm.analysis.evaluators.base import Curve, EvaluationOptions, Value
-from jdm.analysis.logits import batches, image_keys
+from jdm.analysis.logits import image_keys
 from jdm.analysis.shares import in_shares
 from jdm.data.splits import Split
 from jdm.diffusion.process import Estimate, pixels_to_float
 from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
 from jdm.joint import Joint, check_trained, make_network
+from jdm.mesh import in_batches
 from jdm.numerics import fixed_flags
 from jdm.options import POSITIVE, WHOLE, Option
 from jdm.tracking import Progress
@@ -107,16 +108,15 @@ def image_bounds(
     edges = strata(joint.diffusion.steps, steps)
     model, diffusion, weights = joint.model, joint.diffusion, joint.weights
 
+    def of_batch(batch: Any, index: Any) -> Any:
+        prior, terms = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
+        return prior, terms.T
+
     def bounds(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        priors = [np.zeros(0, np.float32)]
-        terms = [np.zeros((0, len(edges) - 1), np.float32)]
-        with Progress(rows.stop - rows.start, "computing the bound", "images") as progress:
-            for batch, index, count in batches(images[rows], batch_size, rows.start):
-                found = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
-                priors.append(np.asarray(found[0])[:count])
-                terms.append(np.asarray(found[1]).T[:count])
-                progress.advance(count)
-        return np.concatenate(priors), np.concatenate(terms)
+        index = np.arange(rows.start, rows.stop, dtype=np.int32)
+        with Progress(len(index), "computing the bound", "images") as progress:
+            arrays = [images[rows], index]
+            return in_batches(of_batch, arrays, batch_size, weights, progress.advance)
 
     prior, terms = in_shares(bounds, len(images), shared)
     # In float64, since hundreds of terms are added.

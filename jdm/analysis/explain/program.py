@@ -17,6 +17,7 @@ largest (MaskDiME, arXiv:2602.18792), within a region, where one is given.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Num, UInt8
 
 from jdm import names
-from jdm.analysis.logits import batches
 from jdm.diffusion.guidance import gradients, guide
 from jdm.diffusion.method import Method
 from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
@@ -39,10 +39,10 @@ from jdm.joint import (
     make_network,
     to_floats,
 )
-from jdm.mesh import by_row, local_mesh, replicated
+from jdm.mesh import by_row, in_batches, local_mesh, on_devices, replicated
 from jdm.nn.model import JointModel
 from jdm.numerics import key_of
-from jdm.sampling.programs import fitting, on_devices
+from jdm.sampling.programs import fitting
 
 COPIES = 4  # noises over which the probabilities of a noised image are averaged
 # Between the seeds of several noises of one image: the golden ratio of 2**32, which is odd, so that
@@ -149,13 +149,12 @@ def noised_probabilities(
     batch_size: int,
 ) -> Float[np.ndarray, "n k"]:
     """Class probabilities of images at noise level t, the means over 4 noises, float32 [N, K]."""
-    rows = [np.zeros((0, joint.model.num_classes), np.float32)]
-    for batch, index, count in batches(images, batch_size):
-        of_rows = seeds[np.minimum(index, len(images) - 1)].astype(np.uint32)
-        static = joint.model, joint.diffusion
-        found = _noised_probabilities(*static, joint.weights, batch, of_rows, jnp.int32(t))
-        rows.append(np.asarray(found)[:count])
-    return np.concatenate(rows)
+    static, weights = (joint.model, joint.diffusion), joint.weights
+
+    def of_batch(batch: Any, seeds: Any) -> Any:
+        return _noised_probabilities(*static, weights, batch, seeds, jnp.int32(t))
+
+    return in_batches(of_batch, [images, seeds.astype(np.uint32)], batch_size, weights)
 
 
 def times_from(diffusion: Diffusion, method: Method, strength: float) -> np.ndarray:
