@@ -12,7 +12,7 @@ def inputs(shape, dtype=jnp.float32):
     b, height, width, c, d = shape
     rng = np.random.default_rng(0)
     shapes = (b, height, width, c), (3, 3, c, d), (b, height, width, d)
-    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    return [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def derivatives(conv, x, kernel, gradient):
