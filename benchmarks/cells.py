@@ -52,8 +52,8 @@ def write_folder(tar: Path, out: Path) -> None:
 
     Raises FileExistsError where `out` exists.
     """
-    out.mkdir(parents=True)
     with tarfile.open(tar) as archive:
+        out.mkdir(parents=True)
         cells = [member for member in archive.getmembers() if member.name.endswith(".png")]
         split_of = splits([smear(cell.name) for cell in cells])
         for cell in cells:

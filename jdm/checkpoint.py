@@ -28,7 +28,7 @@ import contextlib
 import json
 import os
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -83,8 +83,7 @@ def save(
     Not deleted either: steps that divide by keep_every, where it is not 0, and the step `spared`.
 
     Raises CheckpointError where the step exists already (a resumed run never needs to replace one)
-    or writing fails, as on a full disk; earlier steps are unchanged. Raises InvalidValue for keep,
-    and for a random key.
+    or writing fails, as on a full disk; earlier steps are unchanged. Raises InvalidValue for keep.
     """
     if keep < 1:
         raise InvalidValue("keep", keep, "must be 1 or more")
@@ -94,10 +93,6 @@ def save(
         raise CheckpointError(f"{final} exists already and is not overwritten")
     items = dict(weights=weights, train_state=train_state, data=data, config=config)
     items = {item: value for item, value in items.items() if value is not None}
-    for item, path, leaf in _arrays(items):
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
-            allowed = f"holds a random key at {path}; jax.random.key_data of it can be saved"
-            raise InvalidValue(item, NO_VALUE, allowed)
     json_args, tree_args = ocp.args.JsonSave, ocp.args.PyTreeSave
     args = {k: (json_args if _is_json(k) else tree_args)(v) for k, v in items.items()}
     writer = distributed.is_main()
@@ -231,9 +226,10 @@ def restore(
     """
     targets = {"weights": weights, "train_state": train_state}
     targets = {item: target for item, target in targets.items() if target is not None}
-    for item, path, leaf in _arrays(targets):
-        if getattr(leaf, "sharding", None) is None:
-            raise InvalidValue(item, NO_VALUE, f"as a target has no sharding at {path}")
+    for item, target in targets.items():
+        for path, leaf in leaves(target).items():
+            if getattr(leaf, "sharding", None) is None:
+                raise InvalidValue(item, NO_VALUE, f"as a target has no sharding at {path}")
     return _read(workdir, step, targets, widen)
 
 
@@ -274,14 +270,6 @@ def _read(
             if not _is_json(item):
                 _check_fits(plain / root.name / item, target, widen, shown=root / item)
         return _load(plain / root.name, targets)
-
-
-def _arrays(items: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(item, path, array) of all arrays of the items that are trees."""
-    for item, tree in items.items():
-        if not _is_json(item):
-            for path, leaf in leaves(tree).items():
-                yield item, path, leaf
 
 
 def _is_json(item: str) -> bool:

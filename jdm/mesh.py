@@ -182,11 +182,11 @@ def in_batches(
 def _mesh_of(weights: PyTree) -> Mesh | None:
     """The devices that arrays are on; None where they are on no mesh, or on that of several
     hosts."""
-    found = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(weights)[:1]]
-    for sharding in found:
-        if isinstance(sharding, NamedSharding) and sharding.is_fully_addressable:
-            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
-    return None
+    leaf = next(iter(jax.tree.leaves(weights)), None)
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not sharding.is_fully_addressable:
+        return None
+    return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
