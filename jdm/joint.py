@@ -6,10 +6,9 @@ noise, and the logits. Does not train, sample or plot.
 
 import dataclasses
 import functools
-import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -26,13 +26,14 @@ from jdm.diffusion.guidance import Network, log_probabilities_of
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import location
-from jdm.mesh import in_batches, local_mesh, replicated
+from jdm.mesh import Devices, in_batches, local_mesh, mesh_of, replicated
 from jdm.nn.model import JointModel, make_model, weight_shapes
 from jdm.nn.unet import block_names
 from jdm.numerics import fixed_flags
 from jdm.options import POSITIVE, Option, is_float
 from jdm.pretrained import PRETRAINED
 from jdm.storage import storage_of
+from jdm.trees import digest
 
 HALF_LEVEL = 0.5 / 127.5  # of a pixel, for floats in [-1, 1]: rounding to uint8 removes as much
 BEST = "best"  # in place of a step: the checkpoint with the best value of a metric
@@ -72,14 +73,6 @@ def logits_of(model, weights, x, t):
     return model.apply(weights, model.apply(weights, x, t, method="encode"), t, method="classify")
 
 
-def digest(arrays: Iterable[Any]) -> str:
-    """16 hexadecimal digits that identify the contents of arrays."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()[:16]
-
-
 @dataclasses.dataclass(frozen=True)
 class Joint:
     """A joint model, its diffusion and its weights.
@@ -96,6 +89,11 @@ class Joint:
     weights: Any = dataclasses.field(repr=False)
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     step: int | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that its weights are on, and that it is sampled and evaluated on."""
+        return mesh_of(self.weights) or local_mesh()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -155,23 +153,26 @@ class Joint:
 
 
 @fixed_flags()
-def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) -> Joint:
+def load(
+    path: str | os.PathLike, step: int | str | None = None, devices: Devices = None, **exec: Any
+) -> Joint:
     """A trained model, from a work folder, one of its checkpoints, the package, or the hub.
 
     path: a work folder (also gs://bucket/folder), <work folder>/checkpoints/<step>, the name of a
     packaged model ("digits"; a work folder of that name is "./digits"), or what `jdm push` has
     sent: hf://owner/name, with @revision for another one than main, or a folder with these files.
     step: which checkpoint; None is the newest, and "best" the one with the best value of
-    config.checkpoint.best, which is also <work folder>/checkpoints/best. exec: values that replace
-    those of the config's section exec, such as dtype="bfloat16". Reads only the weights, the config
-    and what the data was, and verifies their checksums. The weights are replicated on all devices
-    of this host, as float32 even where the file has fewer bits.
+    config.checkpoint.best, which is also <work folder>/checkpoints/best. devices: of this host, on
+    which the weights are replicated, and over which sampling and evaluation split their images;
+    None is all of them. exec: values that replace those of the config's section exec, such as
+    dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies their
+    checksums. The weights are float32, even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
-    InvalidValue for a wrong value of exec or of $JAX_PLATFORMS, for a path that cannot be one, see
-    hub.model_path, for a bucket that does not exist or may not be read, and for a repository that
-    does not exist or holds no model; Failure where the bucket or the hub cannot be reached, and
-    where the files of a model are damaged.
+    InvalidValue for a wrong value of devices, exec or $JAX_PLATFORMS, for a path that cannot be
+    one, see hub.model_path, for a bucket that does not exist or may not be read, and for a
+    repository that does not exist or holds no model; Failure where the bucket or the hub cannot be
+    reached, and where the files of a model are damaged.
     """
     if path in PRETRAINED and checkpoint.steps(path):
         warnings.warn(
@@ -180,18 +181,18 @@ def load(path: str | os.PathLike, step: int | str | None = None, **exec: Any) ->
         )
     if at := hub.address("path", path):
         folder = hub.fetch("path", at, model_file.NAMES, lambda file: _check_config(file, at))
-        return _of_files(folder, str(at), step, exec)
+        return _of_files(folder, str(at), step, devices, exec)
     packaged = PRETRAINED.get(path) if isinstance(path, str) else None
     workdir = epath.Path(packaged or location("path", path))
     storage = storage_of(workdir)
     storage.check("path", workdir)
     if storage.renames and model_file.is_model(workdir):
-        return _of_files(Path(workdir), str(workdir), step, exec)
+        return _of_files(Path(workdir), str(workdir), step, devices, exec)
     named = workdir.name == BEST or workdir.name.isdecimal()
     if workdir.parent.name == "checkpoints" and named and step is None:
         workdir, step = workdir.parent.parent, workdir.name
     step = _step(workdir, step)
-    mesh = local_mesh()  # before Orbax starts JAX, whose error would be a long one
+    mesh = local_mesh(devices)  # before Orbax starts JAX, whose error would be a long one
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     target = abstract_weights(model, replicated(mesh))
@@ -208,9 +209,11 @@ def _check_config(file: Path, at: hub.Address) -> None:
         raise InvalidValue("path", str(at), f"is not a model of jdm: {error}") from None
 
 
-def _of_files(folder: Path, shown: str, step: int | str | None, exec: dict[str, Any]) -> Joint:
+def _of_files(
+    folder: Path, shown: str, step: int | str | None, devices: Devices, exec: dict[str, Any]
+) -> Joint:
     """The model in the files of `model_file`. shown: their folder or address, for errors."""
-    mesh = local_mesh()
+    mesh = local_mesh(devices)
     config = with_exec(config_from_dict(model_file.read_config(folder)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
     stored = model_file.read(folder, abstract_weights(model, replicated(mesh)))

@@ -10,6 +10,7 @@ over the devices by rows. How the weights and what is trained with them lie is c
 
 import functools
 import math
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxtyping import PyTree
 from jdm import names
 from jdm.errors import InvalidValue
 
+Devices = Sequence[jax.Device] | None  # None: all of them
 SMALL = 1024  # the number of elements below which an array is never split
 
 
@@ -52,9 +54,20 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def local_mesh() -> Mesh:
-    """The devices of this host along "data", for work that each host does separately."""
-    return make_mesh(_started(jax.local_devices))
+@typing.no_type_check  # of the tests' run-time checker, so that wrong types are refused here
+def local_mesh(devices: Devices = None) -> Mesh:
+    """Devices of this host along "data", for work that each host does separately.
+
+    Raises InvalidValue for what are not different devices of this host.
+    """
+    if devices is None:
+        return make_mesh(_started(jax.local_devices))
+    each = list(devices) if isinstance(devices, Sequence) else [devices]
+    here = [isinstance(x, jax.Device) and x in jax.local_devices(backend=x.platform) for x in each]
+    if not each or not all(here) or len(set(each)) < len(each):
+        allowed = "must be one or more different devices of this host, such as jax.local_devices()"
+        raise InvalidValue("devices", devices, allowed)
+    return make_mesh(each)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -167,7 +180,7 @@ def in_batches(
             lambda x: np.zeros((0, *x.shape[1:]), x.dtype),
             jax.eval_shape(function, *(np.zeros((1, *x.shape[1:]), x.dtype) for x in arrays)),
         )
-    mesh = _mesh_of(weights)
+    mesh = mesh_of(weights)
     size = size if mesh is None else -(-size // mesh.size) * mesh.size
     found = []
     for start in range(0, rows, size):
@@ -179,7 +192,7 @@ def in_batches(
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
-def _mesh_of(weights: PyTree) -> Mesh | None:
+def mesh_of(weights: PyTree) -> Mesh | None:
     """The devices that arrays are on; None where they are on no mesh, or on that of several
     hosts."""
     leaf = next(iter(jax.tree.leaves(weights)), None)

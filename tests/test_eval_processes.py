@@ -15,7 +15,7 @@ from jdm.config import config_to_dict, load_config
 from jdm.convert import write_work_folder
 from jdm.data.prepare import prepare
 from jdm.errors import InvalidValue
-from jdm.joint import digest
+from jdm.trees import digest
 
 # Networks have random weights, and the digits are large enough for a reference network.
 RANDOM = """

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jdm.errors import InvalidValue
 from jdm.mesh import in_batches, local_mesh, replicated
 
 
@@ -31,3 +32,11 @@ def test_of_no_rows_there_are_none_of_the_same_shape():
     none = np.zeros((0, 4, 4, 1), np.uint8)
     (found,) = in_batches(lambda x: (x.mean(axis=(2, 3)),), [none], 3)
     assert found.shape == (0, 4) and found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "devices", [[], "cpu", 1, jax.devices()[0].id, [jax.devices()[0], jax.devices()[0]], [None]]
+)
+def test_devices_that_cannot_be_used_are_refused(devices):
+    with pytest.raises(InvalidValue, match="devices=.* must be one or more different devices"):
+        local_mesh(devices)

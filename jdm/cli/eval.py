@@ -160,7 +160,7 @@ def _evaluate(
 
 def _check_same(flag: str, given: str, contents: Iterable[Any]) -> None:
     """Raises InvalidValue where this process has read other arrays than process 0."""
-    from jdm.joint import digest
+    from jdm.trees import digest
 
     if distributed.count() > 1 and not distributed.same_as_main(digest(contents).encode()):
         hint = (

@@ -16,7 +16,7 @@ from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint, as_joint, check_images, image_shape, name_of, to_floats
-from jdm.mesh import local_mesh, on_devices, replicated
+from jdm.mesh import on_devices, replicated
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
@@ -104,7 +104,7 @@ def invert(
     _ITERATIONS.check("iterations", iterations)
     method = method_of(None, dict(guidance=guidance, scale=scale, steps=steps, spacing=spacing))
     request = check_request(joint, len(images), method=method, labels=labels, batch_size=batch_size)
-    mesh = local_mesh()
+    mesh = joint.mesh
     static = (joint.model, joint.diffusion, request.recipe.method, iterations, mesh)
     compiled = functools.partial(programs.compile_inverter, *static)
     rows, program = programs.fitting(len(images), mesh, batch_size, compiled)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jdm.joint import Joint
-from jdm.mesh import local_mesh, on_devices, replicated
+from jdm.mesh import on_devices, replicated
 from jdm.profiling import trace
 from jdm.sampling import programs
 from jdm.sampling.request import Request
@@ -54,7 +54,7 @@ def make_generator(
 
     Compiles the program. batch_size: the most images per device and call.
     """
-    mesh, classifier = local_mesh(), request.classifier
+    mesh, classifier = joint.mesh, request.classifier
     static = (joint.model, classifier and classifier.model, joint.diffusion, request.recipe, mesh)
     compiled = functools.partial(programs.compile_sampler, *static)
     rows, program = programs.fitting(len(request.seeds), mesh, batch_size, compiled)

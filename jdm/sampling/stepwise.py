@@ -19,7 +19,7 @@ from jdm.diffusion.method import OPTIONS, Method, method_of
 from jdm.diffusion.process import Estimate, float_to_pixels
 from jdm.diffusion.samplers import SAMPLERS, initial_noise, timesteps, visitor, visits
 from jdm.joint import Joint, abstract_weights, as_joint, image_shape, make_network, name_of
-from jdm.mesh import by_row, local_mesh, on_devices, replicated
+from jdm.mesh import by_row, on_devices, replicated
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import takes
 from jdm.sampling import programs
@@ -72,7 +72,7 @@ def sample_stepwise(
 def _emerging(
     joint: Joint, request: Request, batch_size: int | None, path: str
 ) -> Iterator[Samples]:
-    mesh, method = local_mesh(), request.recipe.method
+    mesh, method = joint.mesh, request.recipe.method
     images = np.full((len(request.seeds), *joint.image_shape), UNSEEN, np.uint8)
     with fixed_flags():
         settings = request.settings(joint, model=path)

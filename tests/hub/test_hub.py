@@ -19,6 +19,7 @@ from jdm.analysis import publish
 from jdm.analysis.report import Report, to_json
 from jdm.errors import Failure, InvalidValue
 from jdm.hub import address, fetch
+from jdm.trees import digest
 
 JDM = Path(sys.executable).with_name("jdm")
 FILES = {"README.md", "config.json", "model.safetensors"}
@@ -85,7 +86,7 @@ def test_every_place_of_a_path_takes_an_address(run, hub, files, joint, tmp_path
 
 def test_a_revision_is_a_branch_or_a_commit(push, hub, joint, files):
     changed = jax.tree.map(lambda x: x + 1, joint.weights)
-    other = jdm.joint.digest(jax.tree.leaves(changed))
+    other = digest(jax.tree.leaves(changed))
     first = hub.add("me/digits", files)
     config = publish.public_config(joint)
     hub.commit("me/digits", "dev", model_file.encode(changed, config, {}, 7, other))

@@ -58,24 +58,29 @@ EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
 from jdm import mesh
+from jdm.sampling import editing
 
 assert jax.device_count() == 8
 joint = jdm.load(sys.argv[1])
+assert joint.mesh.size == 8
 samples = jdm.sample(joint, seeds=range(20), labels=[3], guidance="representation", steps=3)
-noise = jdm.invert(joint, samples.images, steps=3, iterations=2)
 
 placed, on_devices = [], mesh.on_devices
 mesh.on_devices = lambda *what: placed.append(on_devices(*what)) or placed[-1]
+editing.on_devices = mesh.on_devices
+some = jax.devices()[2:6]
+joint = jdm.load(sys.argv[1], devices=some)
+noise = jdm.invert(joint, samples.images, steps=3, iterations=2)
 found = evaluated(joint, samples.images)
-# 20 images, 8 at a time, one on each device; four evaluations.
-assert [len(images) for images, *_ in placed] == [8] * 12
+# 20 images at once; then 8 at a time, two on each device, in four evaluations.
+assert [len(images) for images, *_ in placed] == [32] + [8] * 12
 for x in jax.tree.leaves(placed):
-    assert x.sharding.shard_shape(x.shape)[0] == 1
+    assert x.sharding.shard_shape(x.shape)[0] == len(x) // 4 and x.devices() == set(some)
 np.savez(sys.argv[2], images=samples.images, noise=noise, **found)
 """
 
 
-def test_eight_devices_give_the_images_the_noise_and_the_figures_of_one(
+def test_eight_devices_and_four_of_them_give_the_images_the_noise_and_the_figures_of_one(
     tiny, joint, assert_same_images, tmp_path
 ):
     code = EVALUATED + EIGHT_DEVICES

@@ -39,7 +39,7 @@ from jdm.joint import (
     make_network,
     to_floats,
 )
-from jdm.mesh import by_row, in_batches, local_mesh, on_devices, replicated
+from jdm.mesh import by_row, in_batches, on_devices, replicated
 from jdm.nn.model import JointModel
 from jdm.numerics import key_of
 from jdm.sampling.programs import fitting
@@ -197,7 +197,7 @@ class Denoiser:
     ) -> UInt8[np.ndarray, "n h w c"]:
         """strength: the noise level to start from, as a share of T. scale: of the guidance toward
         the targets; 0 is none. shares: of the pixels that the mask holds; None is 1."""
-        joint, mesh, count = self.joint, local_mesh(), len(images)
+        joint, mesh, count = self.joint, self.joint.mesh, len(images)
         times = times_from(joint.diffusion, self.method, strength)
         static = (joint.model, joint.diffusion, self.method, self.start, self.masked, len(times))
         compiled = functools.partial(_compiled, *static, mesh)
