@@ -20,9 +20,18 @@ def products(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             total += _of_convolution(shapes, equation.outvars[0].aval.shape, parameters)
         for inner in parameters.values():
-            times = parameters.get("length", 1)  # of a loop
-            total += times * products(inner.jaxpr) if hasattr(inner, "jaxpr") else 0
+            inner = getattr(inner, "jaxpr", inner)
+            total += _calls(name, parameters) * products(inner) if hasattr(inner, "eqns") else 0
     return total
+
+
+def _calls(name: str, parameters: dict) -> int:
+    """How often an operation calls the jaxpr in its parameters."""
+    if name == "pallas_call":
+        return math.prod(parameters["grid_mapping"].grid)
+    if name == "shard_map":  # the jaxpr is what one device computes
+        return parameters["mesh"].size
+    return parameters.get("length", 1)  # of a loop
 
 
 def _of_convolution(shapes: list, out: tuple[int, ...], parameters: dict) -> int:

@@ -7,12 +7,14 @@ xla      all B · H score matrices [P, P] at once. The derivative keeps them.
 chunked  the score matrix of one image and head at a time, in parts of at most MOST_QUERIES rows.
          None is kept: the derivative computes them again (as in Dao et al. 2022,
          "FlashAttention"). The memory is linear in P.
-fused    the kernel of cuDNN: linear memory, on NVIDIA GPUs, in half precision.
-auto     chunked on a CPU from LARGE positions on, xla otherwise.
+fused    one kernel, memory linear in P: on NVIDIA GPUs cuDNN's, in half precision; on TPUs that
+         of jdm.nn.attention_tpu.
+auto     chunked on a CPU from LARGE positions on; fused on a TPU, where it fits; xla otherwise.
 
 On a CPU chunked is faster for many positions, since the matrix of one head fits in the cache, and
-slower for few (docs/performance.md). On GPUs and TPUs none was measured. chunked and fused have no
-forward-mode derivative (jax.jvp).
+slower for few (docs/performance.md). On a TPU fused moves less memory than xla by XLA's count
+(docs/plan.md). On GPUs and TPUs none was measured. chunked and fused have no forward-mode
+derivative (jax.jvp).
 """
 
 from collections.abc import Callable
@@ -20,15 +22,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jdm import names
 from jdm.target import platform
 
+Projected = Float[Array, "b p c3"]  # q, k and v of all heads, as one projection computes them
 Heads = Float[Array, "b p h d"]
 
+# Layout of the 3C channels of the projection: (heads, channels of a head) -> (the shape that they
+# are split into, the axis of (q, k, v) in that shape).
+ATTENTION_ORDERS = names.ATTENTION_ORDERS.records(
+    {
+        "head_first": lambda heads, d: ((heads, 3, d), 1),
+        "qkv_first": lambda heads, d: ((3, heads, d), 0),
+    }
+)
+
 MOST_QUERIES = 1024  # rows of a score matrix at a time
-LARGE = 128  # positions
+LARGE = 128  # positions from which on auto is chunked, on a CPU
+FEW = 64  # positions below which auto is not fused, on a TPU
 
 
 def xla(q: Heads, k: Heads, v: Heads) -> Heads:
@@ -120,20 +134,61 @@ def _joined(x: Float[Array, "bh ... d"], like: Heads) -> Heads:
     return jnp.moveaxis(x.reshape(b, heads, positions, width), 1, 2)
 
 
-def auto(q: Heads, k: Heads, v: Heads) -> Heads:
-    large = platform() == "cpu" and q.shape[1] >= LARGE
-    return (chunked if large else xla)(q, k, v)
+def separate(qkv: Projected, heads: int, order: str) -> tuple[Heads, Heads, Heads]:
+    """(q, k, v) of a projection. order: of ATTENTION_ORDERS."""
+    shape, axis = ATTENTION_ORDERS[order](heads, qkv.shape[-1] // (3 * heads))
+    return tuple(jnp.moveaxis(qkv.reshape(*qkv.shape[:2], *shape), 2 + axis, 0))
 
 
-def fused(q: Heads, k: Heads, v: Heads) -> Heads:
+def first_channels(channels: int, heads: int, order: str) -> Int[np.ndarray, "3 heads"]:
+    """The first of the 3C channels that (q, k, v) of each head have, where they have C."""
+    shape, axis = ATTENTION_ORDERS[order](heads, channels // heads)
+    return np.moveaxis(np.arange(3 * channels).reshape(shape), axis, 0)[..., 0]
+
+
+def of_heads(attend: Callable[[Heads, Heads, Heads], Heads]) -> Callable[..., Array]:
+    """An implementation for (q, k, v) as one for projections."""
+
+    def attend_projected(qkv: Projected, heads: int, order: str) -> Float[Array, "b p c"]:
+        return attend(*separate(qkv, heads, order)).reshape(*qkv.shape[:2], -1)
+
+    return attend_projected
+
+
+def auto(qkv: Projected, heads: int, order: str) -> Float[Array, "b p c"]:
+    here, positions, width = platform(), qkv.shape[1], qkv.shape[2] // (3 * heads)
+    fits = here == "tpu" and not why_not_fused(str(qkv.dtype), positions, heads, width)
+    if fits and positions >= FEW:
+        return fused(qkv, heads, order)
+    return of_heads(chunked if here == "cpu" and positions >= LARGE else xla)(qkv, heads, order)
+
+
+def fused(qkv: Projected, heads: int, order: str) -> Float[Array, "b p c"]:
+    if platform() == "tpu":
+        from jdm.nn import attention_tpu  # imports Pallas
+
+        return attention_tpu.attend(qkv, heads, order)
+    return of_heads(_cudnn)(qkv, heads, order)
+
+
+def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def why_not_fused(dtype: str, width: int) -> str:
-    """What cuDNN's kernel does not do (NVIDIA cuDNN, "Scaled dot product attention")."""
+def why_not_fused(dtype: str, positions: int, heads: int, width: int) -> str:
+    """What cuDNN's kernel does not do (NVIDIA cuDNN, "Scaled dot product attention"), or what is
+    too large for that of TPUs."""
+    if platform() == "tpu":
+        from jdm.nn import attention_tpu  # imports Pallas
+
+        needed, there = attention_tpu.needed(dtype, positions, heads * width), attention_tpu.MEMORY
+        if needed > there:
+            size = f"{positions} positions of {heads * width} channels"
+            return f"needs {needed >> 20} MiB for {size}, and may use {there >> 20} on a TPU"
+        return ""
     kind = jax.devices()[0].device_kind
     if "nvidia" not in kind.lower():
-        return f"needs an NVIDIA GPU, and JAX runs on {kind}"
+        return f"needs an NVIDIA GPU or a TPU, and JAX runs on {kind}"
     if dtype != "bfloat16":
         return f"needs config.exec.dtype='bfloat16', not {dtype!r}"
     if width % 8 or width > 128:
@@ -144,17 +199,18 @@ def why_not_fused(dtype: str, width: int) -> str:
 class Attention(NamedTuple):
     """An implementation of config.exec.attention.
 
-    attend: (q, k, v), each [B, P, H, d] -> [B, P, H, d]. why_not: (dtype, d) -> why it cannot be
-    used for these on the default device; "" where it can.
+    attend: (qkv [B, P, 3C], heads, order of ATTENTION_ORDERS) -> [B, P, C]. why_not: (dtype, P,
+    heads, channels of a head) -> why it cannot be used for these on the default device; "" where
+    it can.
     """
 
-    attend: Callable[[Heads, Heads, Heads], Heads]
-    why_not: Callable[[str, int], str] = lambda dtype, width: ""
+    attend: Callable[[Projected, int, str], Float[Array, "b p c"]]
+    why_not: Callable[[str, int, int, int], str] = lambda dtype, positions, heads, width: ""
 
 
 ATTENTIONS: dict[str, Attention] = names.ATTENTIONS.records(
     auto=Attention(auto),
-    xla=Attention(xla),
-    chunked=Attention(chunked),
+    xla=Attention(of_heads(xla)),
+    chunked=Attention(of_heads(chunked)),
     fused=Attention(fused, why_not_fused),
 )

@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 from jdm import names
 from jdm.arrays import Images, Times
 from jdm.errors import InvalidValue
-from jdm.nn.attention import ATTENTIONS
+from jdm.nn.attention import ATTENTION_ORDERS, ATTENTIONS
 from jdm.nn.heads import HEAD_TIMES, HEADS
 from jdm.nn.unet import (
-    ATTENTION_ORDERS,
     RESAMPLES,
     TIME_CONDITIONINGS,
     Features,
@@ -146,7 +145,8 @@ def check_shape(model: JointModel) -> None:
             allowed = f"does not divide the {width} channels of the level of {side}×{side}"
             raise InvalidValue(f"config.model.{key}", getattr(model, key), allowed)
         of_head = model.head_channels or width // model.heads
-        if why := ATTENTIONS[implementation].why_not(model.dtype, of_head):
+        shape = side * side, width // of_head, of_head
+        if why := ATTENTIONS[implementation].why_not(model.dtype, *shape):
             raise InvalidValue("config.exec.attention", implementation, why)
     names.check_name("config.model.resample", model.resample, RESAMPLES)
     conditioning = "config.model.time_conditioning"

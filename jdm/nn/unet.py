@@ -146,20 +146,11 @@ class ResBlock(nn.Module):
 # What changes the resolution between levels.
 RESAMPLES = names.RESAMPLES.records({"conv": ConvResample, "resblock": ResBlock})
 
-# Layout of the 3C channels of the qkv projection: (heads, channels of a head) -> (the shape that
-# they are split into, the axis of (q, k, v) in [B, positions, *shape]).
-ATTENTION_ORDERS = names.ATTENTION_ORDERS.records(
-    {
-        "head_first": lambda heads, d: ((heads, 3, d), 3),
-        "qkv_first": lambda heads, d: ((3, heads, d), 2),
-    }
-)
-
 
 class Attention(nn.Module):
-    """Residual self-attention over positions. order: one of ATTENTION_ORDERS.
+    """Residual self-attention over positions. order: of attention.ATTENTION_ORDERS.
 
-    implementation: one of jdm.nn.attention.ATTENTIONS.
+    implementation: of attention.ATTENTIONS.
     """
 
     heads: int
@@ -170,11 +161,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, height, width, c = x.shape
-        d = c // self.heads
         qkv = Dense(3 * c, self.dtype, name="qkv")(Norm(self.dtype, name="norm")(x))
-        shape, axis = ATTENTION_ORDERS[self.order](self.heads, d)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, *shape), axis, 0)
-        out = ATTENTIONS[self.implementation].attend(q, k, v).reshape(x.shape)
+        qkv = qkv.reshape(b, height * width, 3 * c)
+        out = ATTENTIONS[self.implementation].attend(qkv, self.heads, self.order).reshape(x.shape)
         return x + Dense(c, self.dtype, ZEROS, name="project")(out)
 
 

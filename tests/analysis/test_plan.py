@@ -18,6 +18,8 @@ from jdm.analysis.plan import Step
 from jdm.analysis.plan_options import CHIPS
 from jdm.config import load_config
 from jdm.errors import InvalidValue
+from jdm.mesh import by_row, make_mesh
+from jdm.nn.attention import ATTENTIONS
 from jdm.target import compiling_for, platform
 
 TEXT = """
@@ -60,6 +62,18 @@ def test_products_of_matrices_in_loops_too():
         return jax.lax.scan(lambda c, _: (c @ b @ b.T, None), a, length=7)[0]
 
     assert counted(loop, a, b) == 7 * 2 * (2 * 3 * 4 * 5)
+
+
+def test_products_of_a_kernel_are_those_of_each_image_on_every_device():
+    def attend(implementation):
+        return lambda x: ATTENTIONS[implementation].attend(x, 4, "head_first")
+
+    qkv = jax.device_put(np.ones((3, 64, 3 * 32), np.float32), by_row(make_mesh()))
+    with compiling_for("tpu"):
+        plain, kernel = (counted(attend(name), qkv) for name in ("xla", "fused"))
+        gradient = counted(jax.grad(lambda x: attend("fused")(x).sum()), qkv)
+    assert kernel == plain == 2 * 2 * 3 * 64 * 64 * 32
+    assert gradient == 3.5 * plain  # the scores once more than without the kernel
 
 
 @pytest.mark.parametrize("stride", [1, 2])

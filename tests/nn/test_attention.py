@@ -1,4 +1,7 @@
-"""Every implementation of attention computes the same outputs and gradients."""
+"""Every implementation of attention computes the same outputs and gradients.
+
+The kernel for TPUs is interpreted here, and lowered for TPUs that are not here.
+"""
 
 import os
 import subprocess
@@ -12,9 +15,10 @@ import pytest
 
 from jdm.config import load_config
 from jdm.errors import InvalidValue
-from jdm.nn import attention
+from jdm.nn import attention, attention_tpu
 from jdm.nn.attention import ATTENTIONS
 from jdm.nn.model import check_shape, make_model
+from jdm.target import compiling_for
 
 
 def inputs(positions, dtype="float32", batch=2, heads=2, width=4):
@@ -35,20 +39,42 @@ def by_hand(q, k, v):
     return out
 
 
-HERE = [name for name, one in ATTENTIONS.items() if not one.why_not("float32", 4)]
+HERE = {
+    name: one.attend
+    for name, one in ATTENTIONS.items()
+    if not one.why_not("float32", positions=16, heads=2, width=4)
+} | {"tpu": attention_tpu.attend}
+
+
+def of_heads(attend, order="qkv_first"):
+    """An implementation as a function of q, k and v."""
+
+    def of_each(q, k, v):
+        each = jnp.stack([q, k, v], axis=2 if order == "qkv_first" else 3)
+        return attend(each.reshape(*q.shape[:2], -1), q.shape[2], order).reshape(q.shape)
+
+    return of_each
 
 
 @pytest.fixture(params=HERE)
 def attend(request, monkeypatch):
     monkeypatch.setattr(attention, "MOST_QUERIES", 6)  # so that few positions need several parts
     monkeypatch.setattr(attention, "LARGE", 8)
-    return ATTENTIONS[request.param].attend
+    return of_heads(HERE[request.param])
 
 
 @pytest.mark.parametrize("positions", [1, 4, 16, 18])
 def test_outputs_are_those_of_the_definition(attend, positions):
     q, k, v = inputs(positions)
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), by_hand(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", attention.ATTENTION_ORDERS)
+@pytest.mark.parametrize("name", HERE)
+def test_the_order_of_channels_is_that_of_the_model(name, order):
+    q, k, v = inputs(4, heads=3)
+    found = of_heads(HERE[name], order)(q, k, v)
+    np.testing.assert_allclose(found, by_hand(q, k, v), atol=1e-5)
 
 
 def test_large_scores_do_not_overflow(attend):
@@ -101,18 +127,30 @@ EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
 from jdm.mesh import make_mesh, to_global
-from jdm.nn.attention import chunked
+from jdm.nn import attention_tpu
+from jdm.nn.attention import ATTENTIONS
+from jdm.target import compiling_for
 
 with np.load(sys.argv[1]) as saved:
-    parts = to_global(dict(saved), make_mesh())
-assert all(len(x.addressable_shards) == 8 for x in parts.values())
-np.savez(sys.argv[2], out=jax.jit(chunked)(*(parts[name] for name in "qkv")))
+    qkv = to_global(dict(saved), make_mesh())["qkv"]
+assert len(qkv.addressable_shards) == 8
+each = dict(chunked=ATTENTIONS["chunked"].attend, tpu=attention_tpu.attend)
+found = {name: jax.jit(attend, static_argnums=(1, 2)) for name, attend in each.items()}
+odd = {f"odd_{name}": attend(qkv[:3], 2, "qkv_first") for name, attend in found.items()}
+found = {name: attend(qkv, 2, "qkv_first") for name, attend in found.items()}
+assert len(found["tpu"].addressable_shards[0].data) == 2  # each device computes its rows
+np.savez(sys.argv[2], **found, **odd)
+with compiling_for("tpu"):  # XLA refuses a kernel in a program of several devices that is not split
+    for rows in (16, 3):
+        x = qkv[:rows]
+        whole = jax.jit(jax.grad(lambda x: attention_tpu.attend(x, 2, "qkv_first").sum())).trace(x)
+        assert "tpu_custom_call" in whole.lower(lowering_platforms=("tpu",)).as_text()
 """
 
 
 def test_a_batch_on_eight_devices_is_attended_to_as_on_one(tmp_path):
-    x = dict(zip("qkv", inputs(18, batch=16), strict=True))
-    np.savez(tmp_path / "in.npz", **x)
+    x = inputs(18, batch=16)
+    np.savez(tmp_path / "in.npz", qkv=jnp.moveaxis(x, 0, 2).reshape(16, 18, -1))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, tmp_path / "in.npz", tmp_path / "out.npz"],
@@ -121,13 +159,36 @@ def test_a_batch_on_eight_devices_is_attended_to_as_on_one(tmp_path):
         timeout=120,
     )
     with np.load(tmp_path / "out.npz") as saved:
-        np.testing.assert_allclose(saved["out"], by_hand(*x.values()), atol=1e-5)
+        for name, found in saved.items():
+            expected = by_hand(*x)[: len(found)]
+            np.testing.assert_allclose(
+                found.reshape(expected.shape), expected, atol=1e-5, err_msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    ("positions", "dtype", "kernel"),
+    [
+        (16, "float32", False),
+        (64, "float32", True),
+        (784, "bfloat16", True),
+        (1600, "bfloat16", False),
+    ],
+)
+def test_on_tpus_auto_is_the_kernel_where_it_fits_and_positions_are_not_few(
+    positions, dtype, kernel
+):
+    qkv = jax.ShapeDtypeStruct((1, positions, 3 * 64), dtype)
+    with compiling_for("tpu"):
+        traced = jax.make_jaxpr(lambda x: ATTENTIONS["auto"].attend(x, 4, "head_first"))(qkv)
+    assert ("pallas_call" in str(traced)) == kernel
+    assert not traced.consts
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
-        ("cpu", ["exec.dtype=bfloat16"], "needs an NVIDIA GPU, and JAX runs on cpu"),
+        ("cpu", ["exec.dtype=bfloat16"], "needs an NVIDIA GPU or a TPU, and JAX runs on cpu"),
         ("NVIDIA H100", [], "needs config.exec.dtype='bfloat16', not 'float32'"),
         ("NVIDIA H100", ["exec.dtype=bfloat16"], "channels, and the model has heads of 4"),
         ("NVIDIA H100", ["exec.dtype=bfloat16", "model.heads=1", "model.channels=80"], "of 160"),
@@ -145,3 +206,14 @@ def test_fused_attention_says_what_it_needs(kind, settings, why, monkeypatch):
         return check_shape(model)
     with pytest.raises(InvalidValue, match=f"config.exec.attention='fused' .*{why}"):
         check_shape(model)
+
+
+def test_a_network_whose_attention_is_too_large_for_a_tpu_is_refused():
+    settings = ["model.image_size=40", "model.attention=(40,)", "exec.attention=fused"]
+    config = load_config("tiny", [f"--config.{setting}" for setting in settings])
+    size = "1600 positions of 8 channels"
+    with (
+        compiling_for("tpu"),
+        pytest.raises(InvalidValue, match=f"exec.attention='fused' needs .* MiB for {size}, and"),
+    ):
+        check_shape(make_model(config.model, config.exec))
