@@ -3,7 +3,7 @@
     python benchmarks/augment.py --out=docs/pictures/augment.png [--photos FILE FILE …]
 
 Each policy is a row, with the original image at the left. The first photograph is shown; MixUp
-mixes it with the others, and the digit with other digits.
+mixes it with one of the others, and the digit with other digits.
 """
 
 import argparse
@@ -27,11 +27,12 @@ COLUMNS, SIZE, DIGIT = 16, 32, 3
 
 def rows(image: np.ndarray, others: Sequence[np.ndarray]) -> list[np.ndarray]:
     """uint8 [COLUMNS, H, W, C] for each policy: the image, then augmented versions of it."""
-    batch = pixels_to_float(jnp.asarray(np.stack([image] * COLUMNS + [*others])))
+    pairs = [each for i in range(COLUMNS) for each in (image, others[i % len(others)])]
+    batch = pixels_to_float(jnp.asarray(np.stack(pairs if len(others) else [image] * COLUMNS)))
     found = []
     for policy in POLICIES.values():
         if policy.augments:
-            images = augment(policy, jax.random.key(0), batch)[0][:COLUMNS]
+            images = augment(policy, jax.random.key(0), batch)[0][:: len(batch) // COLUMNS]
             found.append(np.asarray(float_to_pixels(images.at[0].set(batch[0]))))
     return found
 

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jdm import names
 from jdm.arrays import Images
 
 Image = Float[Array, "h w c"]
 Scalar = Float[Array, ""] | float
+Shares = Float[Array, " b"]  # in [0, 1), of a row's partner in the mixed image
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and kornia weigh red, green and blue
 
@@ -261,16 +262,19 @@ POLICIES: dict[str, Policy] = names.POLICIES.records(
 )
 
 
-class Pairs(NamedTuple):
-    """For each row of a batch, the row that is mixed into it, and that row's share in [0, 1]."""
+def partners(rows: Array) -> Array:
+    """For each row of a batch the row that is mixed into it: the next one, into the last the first.
 
-    partner: Int[Array, " b"]
-    share: Float[Array, " b"]
+    Batches are in random order, so the next image is as random as a drawn one (Zhang et al. 2018
+    draw a permutation); and where a batch is split over devices, each sends one row to another.
+    """
+    return jnp.roll(rows, -1, axis=0)
 
 
 @partial(jax.jit, static_argnames="policy")
-def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images, Pairs | None]:
-    """(augmented images in [-1, 1], the pairs if mixed images have two labels, else None)."""
+def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images, Shares | None]:
+    """(augmented images in [-1, 1], the shares of their partners if mixed images have two labels,
+    else None)."""
     image_key, batch_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, jnp.arange(len(images)))
     # One draw for all numbers of an image: each draw takes about a second to compile.
@@ -284,20 +288,19 @@ def augment(policy: Policy, key: Key[Array, ""], images: Images) -> tuple[Images
             images = jnp.where(applied, jax.vmap(apply)(images, numbers), images)
     if policy.mixup is None:
         return images, None
-    images, pairs = mix(policy.mixup, batch_key, images, u)
-    return images, pairs if policy.mixup.labels else None
+    images, shares = mix(policy.mixup, batch_key, images, u)
+    return images, shares if policy.mixup.labels else None
 
 
 def mix(
     settings: MixUp, key: Key[Array, ""], images: Images, u: Float[Array, "b 2"]
-) -> tuple[Images, Pairs]:
-    """(mixed images, their pairs) (15).
+) -> tuple[Images, Shares]:
+    """(mixed images, the shares of their partners) (15).
 
-    key: draws the partners, and whether the batch is mixed. u: random numbers in [0, 1) that decide
-    whether a row is mixed, and the share of its partner.
+    key: decides whether the batch is mixed. u: random numbers in [0, 1) that decide whether a row
+    is mixed, and the share of its partner.
     """
-    numbers = jax.random.uniform(key, (len(images) + 1,), jnp.float32)
-    mixed = (numbers[0] < settings.batch) & (u[:, 0] < settings.image)
-    pairs = Pairs(numbers[1:].argsort(), jnp.where(mixed, u[:, 1], 0))
-    share = pairs.share[:, None, None, None]
-    return (1 - share) * images + share * images[pairs.partner], pairs
+    batch = jax.random.uniform(key, (), jnp.float32) < settings.batch
+    shares = jnp.where(batch & (u[:, 0] < settings.image), u[:, 1], 0)
+    share = shares[:, None, None, None]
+    return (1 - share) * images + share * partners(images), shares

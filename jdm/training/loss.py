@@ -27,7 +27,7 @@ from jdm.arrays import Times
 from jdm.config import OPTIONS
 from jdm.diffusion.process import Diffusion, pixels_to_float
 from jdm.nn.model import JointModel
-from jdm.training.augment import POLICIES, augment
+from jdm.training.augment import POLICIES, augment, partners
 from jdm.training.terms import TERMS
 from jdm.training.terms.base import Batch, Input, Keys, Metrics, Outputs, PerRow, Rows, Term
 
@@ -89,10 +89,10 @@ class JointLoss:
 
     def _augmented(self, plain: Input, key: Key[Array, ""]) -> Input:
         """The input under the policy config.loss.augment, which may mix images and labels."""
-        x, pairs = augment(POLICIES[self.settings.augment], key, plain.x)
-        if pairs is None:
+        x, shares = augment(POLICIES[self.settings.augment], key, plain.x)
+        if shares is None:
             return plain._replace(x=x)
-        return Input(x, plain.t, plain.label, plain.label[pairs.partner], pairs.share)
+        return Input(x, plain.t, plain.label, partners(plain.label), shares)
 
     def __call__(
         self, params, batch_stats, rows: Rows, key: Key[Array, ""]
