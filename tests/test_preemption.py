@@ -18,7 +18,6 @@ from jdm.config import load_config
 from jdm.distributed import Preempted
 from jdm.tracking import read_metrics
 
-ROOT = Path(__file__).parent.parent
 JDM = Path(sys.executable).with_name("jdm")
 SMALL = ("model.channels=4", "model.multipliers=(1,)", "model.attention=()")
 
@@ -56,24 +55,44 @@ def evaluator(monkeypatch, during=lambda step: None):
     monkeypatch.setitem(EVALUATORS, "classification", lambda *args: scripted(*args))
 
 
-def test_a_run_goes_on_bitwise_after_sigterm(tmp_path):
-    config = config_of("train.steps=6", "checkpoint.every=0", "eval.every=0")
+KILLED = """
+import os, signal, sys
+
+from jdm import startup, trainer
+from jdm.config import load_config
+
+startup.collect_rarely()
+
+def kill(row):  # the checkpoint of this step is not begun
+    if row["step"] == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.train(load_config("tiny", ["--config.checkpoint.every=3"]), sys.argv[1], on_row=kill)
+"""
+
+
+def test_a_run_goes_on_bitwise_after_sigterm_and_after_a_kill(tiny, tmp_path):
+    """At many moments, and in two processes: benchmarks/kills.py."""
+    config, workdir = load_config("tiny", ["--config.checkpoint.every=0"]), tmp_path / "run"
 
     def end(row):
         if row["step"] == 2:
             terminate()
 
-    with pytest.raises(Preempted, match="ended the run after step 3 of 6, which is saved"):
-        trainer.train(config, tmp_path / "run", on_row=end)
-    assert checkpoint.steps(tmp_path / "run") == [3]
-    for workdir in ("run", "straight"):
-        trainer.train(config, tmp_path / workdir)
+    with pytest.raises(Preempted, match="ended the run after step 3 of 4, which is saved"):
+        trainer.train(config, workdir, on_row=end)
+    assert checkpoint.steps(workdir) == [3]
+    killed = subprocess.run([sys.executable, "-c", KILLED, workdir], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.steps(workdir) == [3]
+    assert [row["step"] for row in read_metrics(workdir)] == [1, 2, 3, 4]
+    trainer.train(config, workdir)
     trees = trainer.trees_of(trainer.prepare(config, trainer.make_mesh()).state)
-    found = [checkpoint.restore(tmp_path / name, 6, **trees) for name in ("run", "straight")]
+    found = [checkpoint.restore(folder, 4, **trees) for folder in (workdir, tiny)]
     assert len(jax.tree.leaves(found[0])) > 100
     jax.tree.map(np.testing.assert_array_equal, *found)
-    rows = [[r["train/loss"] for r in read_metrics(tmp_path / n)] for n in ("run", "straight")]
-    assert rows[0] == rows[1]
+    rows = [[row["train/loss"] for row in read_metrics(folder)] for folder in (workdir, tiny)]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
 def test_an_evaluation_goes_on_to_its_end(tmp_path, monkeypatch, stepped):
@@ -168,23 +187,33 @@ def test_sigterm_ends_a_compilation_at_once(tmp_path):
 
 
 PROCESSES = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 
-from jdm import checkpoint, trainer
+import numpy as np
+
+from jdm import checkpoint, distributed, startup, trainer
+from jdm.analysis.evaluators import EVALUATORS
 from jdm.config import load_config
 from jdm.distributed import Preempted, Processes, joined
 
+startup.collect_rarely()
 address, index, folder, *changes = sys.argv[1:]
 processes, folder = Processes(coordinator=address, processes=2, process=int(index)), Path(folder)
 
 def config_of(steps):
     return load_config("tiny", [*changes, f"--config.train.steps={steps}"])
 
+def step(state, batch, root):  # waits for the other process, and changes only its number
+    distributed.barrier("step")
+    return state.replace(step=state.step + 1), {"loss": (np.float32(1), np.float32(1))}
+
 def end(row):  # called in process 0
     if row["step"] == 2:
         os.kill(int((folder / "process").read_text()), signal.SIGTERM)
 
+trainer.compile_step = lambda *args: step
+EVALUATORS["classification"] = lambda *args: iter([("accuracy", 1.0)])
 if processes.process == 1:
     (folder / "process").write_text(str(os.getpid()))
 try:
@@ -203,7 +232,7 @@ except Preempted as error:
 
 
 def test_two_processes_stop_at_one_step_and_go_on(tmp_path, two_processes):
-    """Bitwise: benchmarks/kills.py --processes=2."""
+    """To the same weights: benchmarks/kills.py --processes=2."""
     changes = (*SMALL, "log.every=1", "eval.every=0", "checkpoint.every=0")
     ended = two_processes(PROCESSES, tmp_path, *(f"--config.{change}" for change in changes))
     assert [process.returncode for process in ended] == [143, 143], ended
@@ -211,12 +240,3 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path, two_processes):
     before, last = checkpoint.steps(tmp_path / "run")
     assert last == before + 2
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, last + 1))
-
-
-def test_a_run_that_is_killed_ends_with_the_same_weights(tmp_path):
-    """benchmarks/kills.py, at one moment; 20 of them, and two processes, take minutes."""
-    kills = [sys.executable, ROOT / "benchmarks" / "kills.py", "--moments=1", "--steps=8"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(kills, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "moments: 1; each step whole, and the same at the end" in done.stdout
