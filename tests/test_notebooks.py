@@ -20,6 +20,9 @@ notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(notebooks)
 
 
+BRIEF = "seeds=range(1), steps=2, draws=1"  # of a counterfactual
+
+
 def read(name):
     return nbformat.read(notebooks.path_of(name), as_version=4)
 
@@ -93,10 +96,10 @@ def wheel(tmp_path):
 
 
 def test_colab_from_a_wheel_to_pictures(
-    kernel, empty_environment, wheel, tiny, tmp_path, monkeypatch, optimised
+    kernel, empty_environment, wheel, tiny, tmp_path, monkeypatch
 ):
-    """All cells, the install cell too, away from the checkout."""
-    monkeypatch.setenv("XLA_FLAGS", optimised["XLA_FLAGS"])  # it samples and explains for long
+    """All cells, the install cell too, away from the checkout. The model is tiny: that a wheel has
+    the packaged one is in tests/test_project.py."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # everything but jdm is there
     monkeypatch.delenv("PYTHONPATH", raising=False)
     book, work = read("colab"), tmp_path / "work"
@@ -104,7 +107,8 @@ def test_colab_from_a_wheel_to_pictures(
     labels = [3, 5]
     notebooks.set_values(book, {"SOURCE": str(wheel), "LABELS": labels, "CHECKPOINT": str(tiny)})
     assert len(book.cells) < 10
-    edit(book, "seeds=range(3)", "seeds=range(1)")  # of the counterfactual
+    edit(book, 'jdm.load("digits")', f'jdm.load("{tiny}")')
+    edit(book, "seeds=range(3)", BRIEF)
     notebooks.run(book, work, kernel(empty_environment))
     assert set(pictures(book)) == {2, 3, 4, 5, 6}
     assert f"{tiny}: step 4" in text(book)
@@ -114,17 +118,18 @@ def test_colab_from_a_wheel_to_pictures(
 
 def test_train_shows_curves_and_what_was_learned(tmp_path):
     book = read("train")
-    notebooks.set_values(book, {"STEPS": 4, "COUNT": 10, "SIZE": 8, "LABELS": [0, 2]})
+    notebooks.set_values(book, {"STEPS": 2, "COUNT": 10, "SIZE": 8, "LABELS": [0, 2]})
     edit(book, '"model.channels": 24', '"model.channels": 8, "model.multipliers": (1,)')
     edit(book, '"model.attention": (SIZE // 2,)', '"model.attention": ()')
+    edit(book, "targets, training_images", f"targets, {BRIEF}, training_images")
     notebooks.run(book, tmp_path, install=False)
     assert set(pictures(book)) == {4, 5, 6, 7}
     assert pictures(book).count(5) == 1  # the curves are one output, which is replaced
     (curves,) = [one for one in book.cells[5].outputs if "image/png" in one.get("data", {})]
-    assert curves.data["text/plain"] == "Curves of 4 rows, the last at step 4"
-    assert "step 4 " not in text(book)  # the rows are not printed as well
+    assert curves.data["text/plain"] == "Curves of 2 rows, the last at step 2"
+    assert "step 2 " not in text(book)  # the rows are not printed as well
     assert "27 images to train on, 3 held out" in text(book)
-    assert (tmp_path / "runs" / "mine" / "checkpoints" / "4").is_dir()
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "2").is_dir()
 
 
 @pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
