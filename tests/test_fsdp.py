@@ -17,7 +17,7 @@ from jdm.tracking import read_metrics
 SMALL = ("model.channels=16", "model.multipliers=(1,)", "model.attention=()")
 SMALL += ("model.head=published", "eval.every=0", "checkpoint.every=0", "checkpoint.keep=99")
 CHANGES = [f"--config.{change}" for change in SMALL]
-CHAIN = [(4, "data"), (2, "fsdp"), (8, "fsdp"), (8, "fsdp")]  # (devices, mesh)
+CHAIN = [(1, "data"), (2, "fsdp"), (8, "fsdp"), (8, "fsdp")]  # (devices, mesh)
 
 EIGHT_DEVICES = """
 import sys
@@ -26,11 +26,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jdm import mesh, trainer
+from jdm import mesh, startup, trainer
 from jdm.config import load_config
 from jdm.errors import InvalidValue
 from jdm.numerics import key_of
 
+startup.collect_rarely()
 folder, chain, *changes = Path(sys.argv[1]), eval(sys.argv[2]), *sys.argv[3:]
 
 def config_of(name, *more):

@@ -192,12 +192,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jdm import checkpoint, distributed, startup, trainer
+from jdm import checkpoint, distributed, trainer
 from jdm.analysis.evaluators import EVALUATORS
 from jdm.config import load_config
 from jdm.distributed import Preempted, Processes, joined
 
-startup.collect_rarely()
 address, index, folder, *changes = sys.argv[1:]
 processes, folder = Processes(coordinator=address, processes=2, process=int(index)), Path(folder)
 
