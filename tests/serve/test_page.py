@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("gradio"), reason="the page needs the extra serve"
 )
 
+DEFAULT = "pixel", 6.0, "ancestral"  # of the page; with four images, one program for all requests
+
 
 class Page:
     """What a visitor does and sees."""
@@ -150,7 +152,7 @@ def test_stop_ends_the_work(page, wait):
 
 def test_what_waits_for_its_turn_says_so_and_can_be_stopped(page, client, wait):
     before = page.sources("#images img")
-    other = client.submit(3, "0-3", "none", 1, "ddim", 250, api_name="/generate")
+    other = client.submit(3, "0-3", *DEFAULT, 250, api_name="/generate")
     page.tab("Generate")
     wait(lambda: other.outputs())  # the model computes
     page.one("#generate").click()
@@ -340,13 +342,13 @@ def test_visitors_at_the_same_time_get_their_own_results(server, client):
 
     def visit(k: int) -> str:
         own = Client(server.url, verbose=False, download_files=False)
-        given = (k, str(k), "pixel", 6.0, "ancestral", 20)
-        return own.predict(*given, api_name="/generate")[1]
+        return own.predict(k, f"{4 * k}-{4 * k + 3}", *DEFAULT, 20, api_name="/generate")[1]
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         pages = list(pool.map(visit, range(4)))
     for k, html in enumerate(pages):
-        assert html.count("<img") == 1 and f"(seed {k})" in html and f"image: {k} " in html
+        assert html.count("<img") == html.count(f"image: {k} ") == 4
+        assert all(f"(seed {seed})" in html for seed in range(4 * k, 4 * k + 4))
 
 
 @pytest.mark.parametrize(
