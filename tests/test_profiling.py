@@ -40,7 +40,7 @@ def test_training_writes_a_trace_of_its_last_steps_and_trains_the_same(run, tmp_
 
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
-    [(1, 30, [3, 4, 5, 6, 7]), (21, 30, [23, 24, 25, 26, 27]), (1, 4, [3, 4]), (9, 9, [9])],
+    [(1, 30, [3, 4, 5, 6, 7]), (21, 30, [23, 24, 25, 26, 27]), (9, 9, [9])],
 )
 def test_the_steps_that_are_traced(first, last, expected, tmp_path):
     folder = tmp_path / "trace"
