@@ -49,8 +49,9 @@ class Step:
 
     flops: all operations; products: those of matrix products and convolutions, counted in the
     traced program. traffic: bytes to and from the chip's memory. memory: bytes that the program
-    holds there; collectives: {kind: bytes}. estimate: XLA's own seconds, where it has any. error:
-    the compiler's sentence where the program does not fit; all others are 0 then.
+    holds there; collectives: {kind: bytes}, None where JAX cannot read what libtpu has compiled.
+    estimate: XLA's own seconds, where it has any. error: the compiler's sentence where the program
+    does not fit; all others are 0 then.
     """
 
     rows: int
@@ -58,7 +59,7 @@ class Step:
     products: float = 0
     traffic: float = 0
     memory: int = 0
-    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, int] | None = dataclasses.field(default_factory=dict)
     buffers: tuple = ()
     estimate: float | None = None
     compiled_in: float = 0
@@ -69,7 +70,7 @@ class Step:
         return {
             "compute": self.products / chip.flops,
             "memory": self.traffic / chip.bandwidth,
-            "network": sum(_sent(k, size) for k, size in self.collectives.items()) / chip.network,
+            "network": sum(_sent(*one) for one in (self.collectives or {}).items()) / chip.network,
         }
 
 
@@ -163,7 +164,7 @@ def _compiled(lowered: Any, name: str, rows: int, count: float) -> Step:
             raise
         said = re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])
         return Step(rows, products=count, error=said)
-    costs, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+    costs, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), _text_of(compiled)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
     estimate = costs.get("optimal_seconds", 0)
@@ -173,11 +174,22 @@ def _compiled(lowered: Any, name: str, rows: int, count: float) -> Step:
         products=count,
         traffic=costs["bytes accessed"],
         memory=held,
-        collectives=collectives(text),
-        buffers=tuple(largest_buffers(text)),
+        collectives=None if text is None else collectives(text),
+        buffers=() if text is None else tuple(largest_buffers(text)),
         estimate=estimate if estimate > 0 else None,
         compiled_in=time.monotonic() - started,
     )
+
+
+def _text_of(compiled: jax.stages.Compiled) -> str | None:
+    """The text of a program; None where it has operations that jaxlib does not know: libtpu is
+    newer than it, and has another version of XLA."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        say(f"JAX cannot read the compiled program, for its collectives and largest arrays: {said}")
+        return None
 
 
 @contextlib.contextmanager
@@ -238,7 +250,8 @@ def figures(step: Step, topology: str, config: ConfigDict) -> dict[str, Any]:
         "products_tflop_a_chip": step.products / 1e12,
         "gflop_an_image": step.products / step.rows / 1e9,
         "traffic_gb_a_chip": step.traffic / 1e9,
-        "collectives_mb": {kind: size / 1e6 for kind, size in step.collectives.items()},
+        "collectives_mb": step.collectives
+        and {kind: size / 1e6 for kind, size in step.collectives.items()},
         "bounds_seconds": bounds,
         "xla_seconds": step.estimate,
         "compiled_in_seconds": step.compiled_in,
@@ -273,6 +286,8 @@ def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
         return held if one["fits"] else f"does not fit: {held}"
 
     def sent(one: dict) -> str:
+        if one["collectives_mb"] is None:
+            return "not known"
         kinds = [f"{kind} {size:.3g}" for kind, size in one["collectives_mb"].items()]
         return ", ".join(kinds) or "none"
 

@@ -118,6 +118,23 @@ def test_what_follows_from_the_counts(monkeypatch):
     assert not too["fits"]
 
 
+def test_a_program_that_jax_cannot_read_is_counted_without_its_collectives(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "devices_of", lambda _: [None] * 16)
+
+    def unreadable(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\n*** a trace ***")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    lowered = jax.jit(jnp.dot).lower(jnp.ones((4, 4)), jnp.ones((4, 4)))
+    step = plan._compiled(lowered, "step", rows=8, count=2e9)
+    assert step.traffic > 0 and step.collectives is None
+    assert "cannot read the compiled program" in (said := capsys.readouterr().err)
+    assert "INTERNAL: RET_CHECK failure" in said and "a trace" not in said
+    found = plan.figures(step, "v6e:4x4", load_config("tiny"))
+    cells = plan.rows_of("training step", {"v6e:4x4": {"training step": found}})
+    assert ["MB through collectives", "not known"] in cells
+
+
 def test_the_platform_is_that_of_the_program():
     assert platform() == "cpu"
     with compiling_for("tpu"):
