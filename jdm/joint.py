@@ -162,11 +162,11 @@ def load(
     packaged model ("digits"; a work folder of that name is "./digits"), or what `jdm push` has
     sent: hf://owner/name, with @revision for another one than main, or a folder with these files.
     step: which checkpoint; None is the newest, and "best" the one with the best value of
-    config.checkpoint.best, which is also <work folder>/checkpoints/best. devices: of this host, on
-    which the weights are replicated, and over which sampling and evaluation split their images;
-    None is all of them. exec: values that replace those of the config's section exec, such as
-    dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies their
-    checksums. The weights are float32, even where the file has fewer bits.
+    config.checkpoint.best, which is also <work folder>/checkpoints/best. devices: those of
+    jax.local_devices() that the weights are replicated on, and over which sampling and evaluation
+    split their images; None is all. exec: values that replace those of the config's section exec,
+    such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
+    their checksums. The weights are float32, even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
     InvalidValue for a wrong value of devices, exec or $JAX_PLATFORMS, for a path that cannot be

@@ -58,15 +58,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 def local_mesh(devices: Devices = None) -> Mesh:
     """Devices of this host along "data", for work that each host does separately.
 
-    Raises InvalidValue for what are not different devices of this host.
+    devices: of JAX's default platform, since implementations are chosen for it (jdm.target). Raises
+    InvalidValue for what are not different ones of this host.
     """
     if devices is None:
         return make_mesh(_started(jax.local_devices))
     each = list(devices) if isinstance(devices, Sequence) else [devices]
-    here = [isinstance(x, jax.Device) and x in jax.local_devices(backend=x.platform) for x in each]
-    if not each or not all(here) or len(set(each)) < len(each):
-        allowed = "must be one or more different devices of this host, such as jax.local_devices()"
-        raise InvalidValue("devices", devices, allowed)
+    here = _started(jax.local_devices)
+    if not each or not all(x in here for x in each) or len(set(each)) < len(each):
+        allowed = "must be one or more different devices of jax.local_devices()"
+        hint = "JAX_PLATFORMS chooses another platform"
+        raise InvalidValue("devices", devices, allowed, hint)
     return make_mesh(each)
 
 
