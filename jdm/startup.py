@@ -4,6 +4,7 @@ They are for commands and scripts, which own their process. The package changes 
 """
 
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -15,6 +16,8 @@ from jdm.messages import say
 
 # Of mallopt, in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+_kept = False  # whether keep_memory has had an effect
 
 
 def set_up() -> None:
@@ -43,17 +46,43 @@ def keep_memory() -> None:
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
+    global _kept
     if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_MAX, 0)  # no mapping of its own for a large array
         mallopt(M_TRIM_THRESHOLD, -1)  # nothing at the end of the heap is returned
         mallopt(M_ARENA_MAX, 1)  # one heap for all threads
+        _kept = True
 
 
 def release_memory() -> None:
-    """Returns memory that was freed to the system. Compiling a program takes more than a gigabyte,
-    in small pieces between which a program's own memory does not fit."""
+    """Returns memory that was freed to the system, and closes the gaps of the one heap, once.
+
+    Is called after the program that runs longest was compiled. That takes more than a gigabyte in
+    small pieces, of which some stay in use. In the tens of thousands of gaps between them the C
+    library would look for the place of each array, with a lock that XLA's threads share: a step of
+    the config digits took 1.4 times as long (docs/performance.md).
+    """
     if trim := _of_glibc("malloc_trim"):
         trim(0)
+        if _kept:
+            _close_gaps()
+
+
+@functools.cache  # what it takes is lost to the process
+def _close_gaps() -> None:
+    """Allocates the gaps of the heap for good, so that all that follows lies behind them. What they
+    consist of has been returned to the system, which gives no memory for what nobody writes to."""
+    libc = ctypes.CDLL(None)
+    malloc, free, sbrk = libc.malloc, libc.free, libc.sbrk
+    malloc.restype = sbrk.restype = ctypes.c_void_p
+    malloc.argtypes, free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    end = sbrk(0)  # of the heap
+    size = 2.0**26
+    while size > 1024:  # the C library finds smaller ones at once
+        gap = malloc(int(size))
+        if gap is None or gap >= end:
+            free(gap)
+            size *= 0.9
 
 
 def _of_glibc(name: str) -> Any:

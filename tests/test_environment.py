@@ -147,3 +147,31 @@ def test_memory_of_large_arrays_is_kept_unless_the_environment_says_how(said):
     cleared, released = pages("keep")
     assert (cleared < 50) == (released > 2**27 / 4096 * 0.9) == (not said)
     assert (pages("keep", "thread")[0] < 50) == (not said)
+
+
+GAPS = """
+import ctypes, sys
+from jdm import startup
+startup.keep_memory()
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+free.argtypes = [ctypes.c_void_p]
+pieces = [malloc(2000 + 977 * (i % 100)) for i in range(20_000)]
+for piece in pieces[::2]:
+    free(piece)
+if "close" in sys.argv:
+    startup.release_memory()
+print(sum(malloc(size) > max(pieces) for size in range(3000, 60_000, 3000)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_what_follows_a_compilation_lies_behind_its_gaps():
+    """Of 19 arrays: how many lie behind 20,000 pieces, of which every other one was freed."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    found = [
+        int(subprocess.check_output([sys.executable, "-c", GAPS, *argv], env=env))
+        for argv in ([], ["close"])
+    ]
+    assert found == [0, 19]
