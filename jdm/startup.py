@@ -59,8 +59,8 @@ def release_memory() -> None:
 
     Is called after the program that runs longest was compiled. That takes more than a gigabyte in
     small pieces, of which some stay in use. In the tens of thousands of gaps between them the C
-    library would look for the place of each array, with a lock that XLA's threads share: a step of
-    the config digits took 1.4 times as long (docs/performance.md).
+    library would look for the place of each array, with a lock that XLA's threads share: a
+    training on the digits ran at two thirds of its speed (docs/performance.md).
     """
     if trim := _of_glibc("malloc_trim"):
         trim(0)
