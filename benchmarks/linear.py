@@ -13,26 +13,37 @@ import argparse
 import contextlib
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from timing import seconds, spread
 from twins import images_of
 
-IMAGES, SIDES = (4, 8, 16, 32, 64), (8, 16, 32, 64)  # at 32 pixels a side, and of 16 images
+# What grows: {the number on the axis: (images, pixels a side)}.
+GROWING = {
+    "images of 32×32": {n: (n, 32) for n in (4, 8, 16, 32, 64)},
+    "pixels of each of 16 images": {side * side: (16, side) for side in (8, 16, 32, 64)},
+}
 SMALLER = ("model.channels=32", "model.blocks=1", "model.attention=()", "loss.augment=none")
 
 
-def step_of(name: str, images: int, side: int):
-    """() -> None: one training step of so many images."""
+def config_of(name: str, images: int, side: int):
+    """A smaller config of this name. Raises InvalidValue where there is none."""
     from jdm.config import load_config
+
+    changes = (*SMALLER, f"model.image_size={side}", f"data.batch_size={images}")
+    return load_config(name, [f"--config.{change}" for change in changes])
+
+
+def step_of(config, images: int) -> Callable[[], Any]:
+    """() -> metrics: a training step of so many images, compiled."""
     from jdm.mesh import make_mesh, to_global
     from jdm.numerics import key_of
     from jdm.trainer import compile_step
     from jdm.training.build import build
 
-    changes = (*SMALLER, f"model.image_size={side}", f"data.batch_size={images}")
-    config = load_config(name, [f"--config.{change}" for change in changes])
     mesh, root = make_mesh(), key_of(0)
     run = build(config, mesh)
     state, batch = run.init(root), to_global(images_of(config, images), mesh)
@@ -69,33 +80,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
     parser.add_argument("--out", help="a file for the picture")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds={arguments.rounds} must be at least 1")
     if arguments.out and not Path(arguments.out).parent.is_dir():
         parser.error(f"--out={arguments.out}: its folder does not exist")
     from jdm import startup
+    from jdm.errors import InvalidValue
 
     startup.set_up()
-    kinds = list(dict.fromkeys([*((n, 32) for n in IMAGES), *((16, side) for side in SIDES)]))
-    steps = {kind: step_of(arguments.config, *kind) for kind in kinds}
-    times: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    kinds = {kind for rows in GROWING.values() for kind in rows.values()}
+    try:
+        configs = {kind: config_of(arguments.config, *kind) for kind in sorted(kinds)}
+    except InvalidValue as error:
+        parser.error(str(error))
+    steps = {kind: step_of(config, kind[0]) for kind, config in configs.items()}
+    times: dict[tuple[int, int], list[float]] = {kind: [] for kind in steps}
     for count in range(arguments.rounds + 1):
         for kind, step in steps.items():
             taken = seconds(step)
             times[kind] += [taken] * (count > 0)
-    panels: dict[str, dict[int, float]] = {}
+    medians = {kind: statistics.median(each) for kind, each in times.items()}
     print("| images | side | seconds a step | over the row above |")
     print("|---|---|---|---|")
-    for title, group in (
-        ("images of 32×32", [(n, 32) for n in IMAGES]),
-        ("pixels of each of 16 images", [(16, side) for side in SIDES]),
-    ):
-        panels[title] = {}
-        for i, (images, side) in enumerate(group):
-            now, ratio = times[images, side], ""
-            if i:
-                ratio = spread([a / b for a, b in zip(now, times[group[i - 1]], strict=True)])
-            middle = statistics.median(now)
-            panels[title][images if title.startswith("images") else side * side] = middle
-            print(f"| {images} | {side} | {middle:.3g} | {ratio} |", flush=True)
+    for rows in GROWING.values():
+        above: list[float] = []
+        for images, side in rows.values():
+            now = times[images, side]
+            ratio = spread([a / b for a, b in zip(now, above, strict=True)]) if above else ""
+            print(f"| {images} | {side} | {medians[images, side]:.3g} | {ratio} |", flush=True)
+            above = now
+    panels = {
+        title: {n: medians[kind] for n, kind in rows.items()} for title, rows in GROWING.items()
+    }
     if arguments.out:
         draw(arguments.out, panels)
 

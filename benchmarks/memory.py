@@ -41,13 +41,13 @@ def serve_steps(name: str, steps: int) -> None:
     startup.set_up()
     import jax
 
-    from jdm import trainer
     from jdm.mesh import make_mesh, to_global
     from jdm.numerics import key_of
+    from jdm.trainer import compile_step
     from jdm.training.build import build
 
     if os.environ.keys() & GAPS:
-        trainer.release_memory = lambda: None
+        startup._close_gaps = lambda: None
     config, mesh, root = load_config(name), make_mesh(), key_of(0)
     config.data.batch_size = min(config.data.batch_size, 32 if config.model.channels < 64 else 16)
     config.loss.augment = "none"
@@ -55,7 +55,7 @@ def serve_steps(name: str, steps: int) -> None:
     state = run.init(root)
     batch = to_global(images_of(config, config.data.batch_size), mesh)
     with contextlib.redirect_stdout(sys.stderr):
-        step = trainer.compile_step(config, run, mesh, root)
+        step = compile_step(config, run, mesh, root)
     faults = 0.0
 
     def round_once():

@@ -1,5 +1,5 @@
-"""The packaged digits model: samples and edits show their labels, and an image comes back from its
-noise.
+"""The packaged digits model: samples and edits show their labels. A smaller network: an image comes
+back from its noise.
 
 Seeds that nothing was tuned on; docs/results.md has the figures of a thousand.
 """
@@ -67,7 +67,6 @@ def test_samples_show_their_labels_and_are_like_real_images(images, guidance, le
 
 
 def test_fifty_steps_to_the_noise_and_back_keep_the_image():
-    """Of a smaller network of digits than the packaged one."""
     joint, real = jdm.load(SMALL), load_split("digits", "test").images[:16]
     noise = jdm.invert(joint, real, steps=50)
     back = jdm.sample(joint, noise=noise, steps=50, threshold="none").images
