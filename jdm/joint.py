@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 from jdm import checkpoint, hub, model_file
 from jdm.config import config_from_dict, with_exec
 from jdm.diffusion.guidance import Network, log_probabilities_of
-from jdm.diffusion.process import Diffusion, pixels_to_float
+from jdm.diffusion.process import Diffusion, to_floats
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import location
-from jdm.mesh import Devices, in_batches, local_mesh, mesh_of, replicated
+from jdm.mesh import Devices, in_batches, local_mesh, mesh_of, shardings, whole
 from jdm.nn.model import JointModel, make_model, weight_shapes
 from jdm.nn.unet import block_names
 from jdm.numerics import fixed_flags
@@ -78,9 +78,10 @@ class Joint:
     """A joint model, its diffusion and its weights.
 
     config: the config it was trained with. weights: {"params", "batch_stats"}: the EMA of the
-    parameters, and of the head's running statistics ({} for a head without them). dataset: what it
-    was trained on, see jdm.data.identity; {} where that is unknown. step: of the checkpoint it was
-    loaded from; None where there is none.
+    parameters, and of the head's running statistics ({} for a head without them). They lie on the
+    devices as config.exec.mesh says; what computes with them takes them `mesh.whole`. dataset: what
+    it was trained on, see jdm.data.identity; {} where that is unknown. step: of the checkpoint it
+    was loaded from; None where there is none.
     """
 
     config: ConfigDict
@@ -92,7 +93,7 @@ class Joint:
 
     @property
     def mesh(self) -> Mesh:
-        """The devices that its weights are on, and that it is sampled and evaluated on."""
+        """This host's devices that its weights are on, and that it is sampled and evaluated on."""
         return mesh_of(self.weights) or local_mesh()
 
     @property
@@ -114,7 +115,7 @@ class Joint:
         """
         check_trained(self, "diffusion")
         xt, t = check_noised(self, "xt", xt, t)
-        return _denoise(self.model, self.diffusion, self.weights, xt, t)
+        return _denoise(self.model, self.diffusion, whole(self.weights), xt, t)
 
     @fixed_flags()
     def logits(self, x: Any, t: Any = 0) -> Float[Array, "b k"]:
@@ -124,7 +125,7 @@ class Joint:
         """
         check_trained(self, "classifier")
         x, t = check_noised(self, "x", x, t)
-        return logits_of(self.model, self.weights, x, t)
+        return logits_of(self.model, whole(self.weights), x, t)
 
     @property
     def params(self) -> Any:
@@ -134,7 +135,7 @@ class Joint:
     @functools.cached_property
     def digest(self) -> str:
         """16 hexadecimal digits that identify the weights."""
-        return digest(jax.tree.leaves(self.weights))
+        return digest(jax.tree.leaves(whole(self.weights)))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -163,10 +164,11 @@ def load(
     sent: hf://owner/name, with @revision for another one than main, or a folder with these files.
     step: which checkpoint; None is the newest, and "best" the one with the best value of
     config.checkpoint.best, which is also <work folder>/checkpoints/best. devices: those of
-    jax.local_devices() that the weights are replicated on, and over which sampling and evaluation
-    split their images; None is all. exec: values that replace those of the config's section exec,
-    such as dtype="bfloat16". Reads only the weights, the config and what the data was, and verifies
-    their checksums. The weights are float32, even where the file has fewer bits.
+    jax.local_devices() that the weights are on, and over which sampling and evaluation split their
+    images; None is all. exec: values that replace those of the config's section exec, such as
+    dtype="bfloat16", or mesh="fsdp", which splits the weights: each device has a part between two
+    calls, and all of them during one. Reads only the weights, the config and what the data was, and
+    verifies their checksums. The weights are float32, even where the file has fewer bits.
 
     Raises checkpoint.CheckpointError where the path holds no checkpoint or a damaged one,
     InvalidValue for a wrong value of devices, exec or $JAX_PLATFORMS, for a path that cannot be
@@ -195,7 +197,7 @@ def load(
     mesh = local_mesh(devices)  # before Orbax starts JAX, whose error would be a long one
     config = with_exec(config_from_dict(checkpoint.read_config(workdir, step)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
-    target = abstract_weights(model, replicated(mesh))
+    target = abstract_weights(model, mesh, config.exec.mesh)
     weights = checkpoint.restore(workdir, step, weights=target, widen=True)["weights"]
     dataset = _data(workdir, step).get("dataset", {})
     return Joint(config, model, diffusion, weights, dataset, step)
@@ -216,7 +218,7 @@ def _of_files(
     mesh = local_mesh(devices)
     config = with_exec(config_from_dict(model_file.read_config(folder)), **exec)
     model, diffusion = make_model(config.model, config.exec), Diffusion(**config.diffusion)
-    stored = model_file.read(folder, abstract_weights(model, replicated(mesh)))
+    stored = model_file.read(folder, abstract_weights(model, mesh, config.exec.mesh))
     if step not in (None, stored.step):
         raise InvalidValue("step", step, f"is not there: {shown} holds step {stored.step} alone")
     joint = Joint(config, model, diffusion, stored.weights, stored.dataset, stored.step)
@@ -248,10 +250,14 @@ def _data(workdir: epath.Path, step: int) -> dict[str, Any]:
     return checkpoint.read_data(workdir, step) if has_data else {}
 
 
-def abstract_weights(model: JointModel, sharding: jax.sharding.Sharding) -> Any:
-    """The model's {params, batch_stats} as shapes, dtypes and sharding."""
+def abstract_weights(model: JointModel, mesh: Mesh, name: str = "data") -> Any:
+    """The model's {params, batch_stats} as shapes, dtypes and sharding. name: of mesh.MESHES."""
     shapes = {"batch_stats": {}, **weight_shapes(model)}
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    return jax.tree.map(
+        lambda s, lies: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=lies),
+        shapes,
+        shardings(shapes, mesh, name),
+    )
 
 
 def as_joint(joint: "Joint | str | os.PathLike", parameter: str = "joint") -> Joint:
@@ -380,11 +386,11 @@ def classify(
     Option(256, "", POSITIVE).check("batch_size", batch_size)
     probabilities = jax.nn.sigmoid if joint.model.multi_label else jax.nn.softmax
 
-    def of_batch(batch: Any) -> Any:
+    def of_batch(weights: Any, batch: Any) -> Any:
         t = jnp.zeros(len(batch), jnp.int32)
-        return probabilities(logits_of(joint.model, joint.weights, to_floats(batch), t))
+        return probabilities(logits_of(joint.model, weights, to_floats(batch), t))
 
-    found = in_batches(of_batch, [images], min(batch_size, len(images)), joint.weights)
+    found = in_batches(of_batch, joint.weights, [images], min(batch_size, len(images)))
     if not names:
         return found
     order = np.argsort(-found, axis=1, kind="stable")
@@ -392,9 +398,3 @@ def classify(
         {joint.class_names[k]: float(row[k]) for k in ranked}
         for row, ranked in zip(found, order, strict=True)
     ]
-
-
-def to_floats(images: np.ndarray | jax.Array) -> Float[jax.Array, "n h w c"]:
-    """uint8 images, or floats in [-1, 1], as floats in [-1, 1]."""
-    x = jnp.asarray(images)
-    return pixels_to_float(x) if x.dtype == jnp.uint8 else x

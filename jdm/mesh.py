@@ -4,8 +4,8 @@ Owns shardings. A single device is a mesh of one, so no other code counts device
 over the devices by rows. How the weights and what is trained with them lie is config.exec.mesh:
 
     data   whole on every device
-    fsdp   split: every device has a part of each large array, and gets the others for a step (fully
-           sharded data parallelism)
+    fsdp   split: every device has a part of each large array, and gets the others for a training
+           step, or a call that samples or evaluates (fully sharded data parallelism)
 """
 
 import functools
@@ -124,13 +124,15 @@ def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def of_this_host(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays over the mesh of all hosts, as arrays replicated over the devices of this one, for
-    work that each host does separately. Copies nothing where they are replicated; where they are
-    split, all hosts call this together."""
-    if not all(x.is_fully_replicated for x in jax.tree.leaves(tree)):
-        tree = _gather(mesh)(tree)
-    here = replicated(local_mesh())
+def whole(weights: PyTree) -> PyTree:
+    """Weights as a program of this host computes with them: replicated over those of its devices
+    that they are on, or split over. Copies nothing that lies so; what is on no mesh stays as it is.
+    Where weights are split over the devices of several hosts, all of these call this together."""
+    if (mesh := _mesh(weights)) is None:
+        return weights
+    if not all(x.is_fully_replicated for x in jax.tree.leaves(weights)):
+        weights = _gather(mesh)(weights)
+    here = replicated(_of_this_host(mesh))
 
     def local(x: jax.Array) -> jax.Array:
         if x.is_fully_addressable:
@@ -138,7 +140,7 @@ def of_this_host(tree: PyTree, mesh: Mesh) -> PyTree:
         parts = [shard.data for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, here, parts)
 
-    return jax.tree.map(local, tree)
+    return jax.tree.map(local, weights)
 
 
 def check_batch(batch_size: int, mesh: Mesh, parameter: str) -> None:
@@ -163,45 +165,57 @@ def _padded(arrays: PyTree, rows: int) -> PyTree:
 
 def in_batches(
     function: Callable[..., PyTree],
+    weights: PyTree,
     arrays: Sequence[np.ndarray],
     size: int,
-    weights: PyTree = None,
     done: Callable[[int], Any] = lambda count: None,
 ) -> PyTree:
     """What a function computes row by row, in batches of one shape: NumPy arrays of all rows.
 
-    function: (a batch of each of the arrays) -> a tree of arrays with as many rows. arrays: one or
-    more, of N rows each. size: rows of a batch, 1 or more; it does not change the result. weights:
-    what the function computes with. Where they are on several devices of this host, so are the rows
-    of a batch, whose number is then rounded up to a multiple of the devices. done: called after
-    each batch with its number of rows.
+    function: (weights, a batch of each of the arrays) -> a tree of arrays with as many rows.
+    weights: a tree of arrays, or None; the function gets them `whole`. Where they are on several
+    devices of this host, so are the rows of a batch, whose number is then rounded up to a multiple
+    of the devices. arrays: one or more, of N rows each. size: rows of a batch, 1 or more; it does
+    not change the result. done: called after each batch with its number of rows.
     """
     rows = len(arrays[0])
     if not rows:
         return jax.tree.map(
             lambda x: np.zeros((0, *x.shape[1:]), x.dtype),
-            jax.eval_shape(function, *(np.zeros((1, *x.shape[1:]), x.dtype) for x in arrays)),
+            jax.eval_shape(
+                function, weights, *(np.zeros((1, *x.shape[1:]), x.dtype) for x in arrays)
+            ),
         )
-    mesh = mesh_of(weights)
+    mesh, weights = mesh_of(weights), whole(weights)
     size = size if mesh is None else -(-size // mesh.size) * mesh.size
     found = []
     for start in range(0, rows, size):
         part = tuple(x[start : start + size] for x in arrays)
         count = len(part[0])
         batch = _padded(part, size) if mesh is None else on_devices(part, size, mesh)
-        found.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(*batch)))
+        found.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(weights, *batch)))
         done(count)
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 def mesh_of(weights: PyTree) -> Mesh | None:
-    """The devices that arrays are on; None where they are on no mesh, or on that of several
-    hosts."""
+    """The devices of this host that arrays are on; None where they are on no mesh."""
+    mesh = _mesh(weights)
+    return None if mesh is None else _of_this_host(mesh)
+
+
+def _mesh(weights: PyTree) -> Mesh | None:
+    """The devices, of all hosts, that arrays are on; None where they are on no mesh."""
     leaf = next(iter(jax.tree.leaves(weights)), None)
     sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not sharding.is_fully_addressable:
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return None
-    return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return sharding.mesh
+
+
+def _of_this_host(mesh: Mesh) -> Mesh:
+    """The part of a mesh that is on this host."""
+    return make_mesh(mesh.local_devices) if mesh.is_multi_process else mesh
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -33,7 +33,7 @@ from jdm.distributed import Preempted
 from jdm.errors import Failure, InvalidValue
 from jdm.files import LOCK, location, new_folder
 from jdm.joint import Joint
-from jdm.mesh import by_row, make_mesh, of_this_host, share_of_each, to_global
+from jdm.mesh import by_row, make_mesh, share_of_each, to_global
 from jdm.messages import STDOUT, say
 from jdm.numerics import fixed_flags, key_of
 from jdm.preemption import Notice, watched
@@ -151,8 +151,7 @@ def _train(
     start, rows = last or 0, config.data.batch_size
 
     def evaluation(state: Any, done: int) -> Iterator[tuple[str, Value]]:
-        weights = of_this_host(state.ema, mesh)
-        joint = Joint(config, run.model, run.diffusion, weights, dataset, done)
+        joint = Joint(config, run.model, run.diffusion, state.ema, dataset, done)
         return evaluate(joint, config.eval.metrics, evaluated, options)
 
     try:  # what cannot be evaluated is refused before the first step; nothing is computed yet

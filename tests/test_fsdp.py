@@ -136,10 +136,24 @@ def test_a_checkpoint_of_split_weights_is_like_any_other(runs, run, tmp_path):
 TWO_PROCESSES = """
 import sys
 
-from jdm import trainer
+import jdm
+from jdm import mesh, trainer
 from jdm.config import load_config
 from jdm.distributed import Processes, joined
 
+evaluate = trainer.evaluate
+
+def checked(joint, metrics, split, options):
+    share, _ = mesh.share_of_each(joint.weights)
+    assert share < 0.35, share  # of four devices, two here; some arrays are whole
+    assert joint.mesh.size == 2
+    if joint.step == 4:  # before the step is compiled
+        print("digest:", joint.digest)
+        samples = jdm.sample(joint, 2, steps=2, sampler="ddim", guidance="none")
+        print("pixels:", samples.images.tobytes().hex())
+    return evaluate(joint, metrics, split, options)
+
+trainer.evaluate = checked
 address, index, workdir, *changes = sys.argv[1:]
 with joined(Processes(coordinator=address, processes=2, process=int(index)), {}):
     for steps in (2, 4):
@@ -148,7 +162,7 @@ with joined(Processes(coordinator=address, processes=2, process=int(index)), {})
 """
 
 
-def test_two_processes_train_as_one_and_resume(runs, tmp_path, two_processes):
+def test_two_processes_train_as_one_and_resume(runs, tmp_path, two_processes, assert_same_images):
     ended = two_processes(TWO_PROCESSES, tmp_path / "run", *CHANGES)
     assert [process.returncode for process in ended] == [0, 0], ended
     ours, straight = read_metrics(tmp_path / "run"), read_metrics(runs[0] / "straight")
@@ -156,6 +170,13 @@ def test_two_processes_train_as_one_and_resume(runs, tmp_path, two_processes):
     assert_same_weights(jdm.load(tmp_path / "run").weights, jdm.load(runs[0] / "straight").weights)
     ends = [rows[-1]["eval/cross_entropy"] for rows in (straight, ours)]
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+    saved = jdm.load(tmp_path / "run")  # an EMA that is split over processes is this one
+    samples = jdm.sample(saved, 2, steps=2, sampler="ddim", guidance="none")
+    for process in ended:
+        said = dict(line.split(": ", 1) for line in process.stdout.splitlines() if ": " in line)
+        assert said["digest"] == saved.digest
+        pixels = np.frombuffer(bytes.fromhex(said["pixels"]), np.uint8)
+        assert_same_images(pixels.reshape(samples.images.shape), samples.images)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ def test_each_row_is_computed_once_in_order_and_in_one_shape(rows, size, weights
     x, index = np.arange(2.0 * rows, dtype=np.float32).reshape(rows, 2), np.arange(rows)
     shapes, done = [], []
 
-    def function(x, index):
+    def function(given, x, index):
+        assert given is weights or given["w"] is weights["w"]
         assert isinstance(x, np.ndarray) == (weights is None)
         shapes.append((x.shape, index.shape))
         return {"twice": 2 * x}, index
 
-    twice, found = in_batches(function, [x, index], size, weights, done.append)
+    twice, found = in_batches(function, weights, [x, index], size, done.append)
     np.testing.assert_array_equal(twice["twice"], 2 * x)
     np.testing.assert_array_equal(found, index)
     assert set(shapes) == {((size, 2), (size,))}
@@ -30,7 +31,7 @@ def test_each_row_is_computed_once_in_order_and_in_one_shape(rows, size, weights
 
 def test_of_no_rows_there_are_none_of_the_same_shape():
     none = np.zeros((0, 4, 4, 1), np.uint8)
-    (found,) = in_batches(lambda x: (x.mean(axis=(2, 3)),), [none], 3)
+    (found,) = in_batches(lambda _, x: (x.mean(axis=(2, 3)),), None, [none], 3)
     assert found.shape == (0, 4) and found.dtype == np.float32
 
 

@@ -89,13 +89,13 @@ def _inception(
     import torch
 
     def extract(images: Pixels) -> Float[np.ndarray, "n d"]:
-        def of_batch(x: np.ndarray) -> np.ndarray:
+        def of_batch(_: None, x: np.ndarray) -> np.ndarray:
             rgb = np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
             with torch.no_grad():
                 (found,) = network(torch.from_numpy(np.moveaxis(rgb, 3, 1).copy()))
             return found.numpy()
 
-        return of_images(of_batch, images, min(batch_size, INCEPTION_BATCH), shared)
+        return of_images(of_batch, None, images, min(batch_size, INCEPTION_BATCH), shared)
 
     arrays = [x.numpy() for _, x in sorted(network.state_dict().items())]
     return lambda: Extractor("inception", digest(arrays), 2048, extract)

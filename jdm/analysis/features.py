@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jdm.diffusion.process import to_floats
 from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
-from jdm.joint import Joint, as_joint, check_images, image_shape, to_floats
+from jdm.joint import Joint, as_joint, check_images, image_shape
 from jdm.mesh import in_batches
 from jdm.names import check_name
 from jdm.nn.model import JointModel, example_inputs, weight_shapes
@@ -120,12 +121,12 @@ def features(
     if not isinstance(t, int | np.integer) or not 0 <= t < steps:
         raise InvalidValue("t", t, f"must be a whole number in [0, {steps})")
     Option(256, "", POSITIVE).check("batch_size", batch_size)
-    static, weights = (joint.model, joint.diffusion, chosen), joint.weights
+    static = (joint.model, joint.diffusion, chosen)
     seeds = np.arange(seed, seed + len(images), dtype=np.uint32)
 
-    def of_batch(batch: Any, seeds: Any) -> Any:
+    def of_batch(weights: Any, batch: Any, seeds: Any) -> Any:
         return _features(*static, weights, to_floats(batch), jnp.int32(t), seeds)
 
-    found = in_batches(of_batch, [images, seeds], min(batch_size, len(images)), weights)
+    found = in_batches(of_batch, joint.weights, [images, seeds], min(batch_size, len(images)))
     columns = tuple(name for name in chosen for _ in range(known[name]))
     return BlockFeatures(found, columns)

@@ -47,17 +47,17 @@ def image_logits(
     it does not change the result. shared: see `shares.in_shares`.
     """
 
-    def of_batch(batch: Any, index: Any) -> Any:
+    def of_batch(weights: Any, batch: Any, index: Any) -> Any:
         if t == 0:
             x = pixels_to_float(jnp.asarray(batch))
         else:
             x = _noised(joint.diffusion, batch, jnp.int32(t), jnp.uint32(seed), index)
         times = jnp.full(len(batch), t, jnp.int32)
-        return logits_of(joint.model, joint.weights, x, times)
+        return logits_of(joint.model, weights, x, times)
 
     def logits(rows: slice) -> np.ndarray:
         index = np.arange(rows.start, rows.stop, dtype=np.int32)
-        return in_batches(of_batch, [images[rows], index], batch_size, joint.weights)
+        return in_batches(of_batch, joint.weights, [images[rows], index], batch_size)
 
     return in_shares(logits, len(images), shared)
 

@@ -38,10 +38,10 @@ from jdm.convert import write_work_folder
 from jdm.data.datasets import DATASETS
 from jdm.data.pipeline import train_batches
 from jdm.data.splits import Split
-from jdm.diffusion.process import Diffusion
+from jdm.diffusion.process import Diffusion, to_floats
 from jdm.errors import NO_VALUE, Failure, InvalidValue
 from jdm.files import whole_folder
-from jdm.joint import Joint, abstract_weights, classify, digest, load, to_floats
+from jdm.joint import Joint, abstract_weights, classify, digest, load
 from jdm.mesh import in_batches, local_mesh, make_mesh, replicated, to_global
 from jdm.messages import say
 from jdm.nn.model import JointModel, make_model
@@ -224,12 +224,12 @@ def network(joint: Joint, train: Split, cache: Path, shared: bool = False) -> Jo
 
     if not shared or distributed.count() == 1:
         return kept()
-    model, whole = make_model(config.model, config.exec), replicated(local_mesh())
-    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_weights(model, whole))
+    model, mesh = make_model(config.model, config.exec), local_mesh()
+    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_weights(model, mesh))
     if distributed.is_main():
         with distributed.only_main():
             weights = kept().weights
-    weights = jax.device_put(distributed.from_main(weights), whole)
+    weights = jax.device_put(distributed.from_main(weights), replicated(mesh))
     diffusion, rest = Diffusion(**config.diffusion), (dict(joint.dataset), config.train.steps)
     return Joint(config_from_dict(values), model, diffusion, weights, *rest)
 
@@ -283,12 +283,10 @@ class ReferenceNetwork(Reference):
         return in_shares(probabilities, len(images), self.shared)
 
     def features(self, images: Pixels) -> Float[np.ndarray, "n d"]:
-        model, weights = self.joint.model, self.joint.weights
+        def hidden(weights: Any, batch: Any) -> Any:
+            return _hidden(self.joint.model, weights, to_floats(batch))
 
-        def hidden(batch: Any) -> Any:
-            return _hidden(model, weights, to_floats(batch))
-
-        return of_images(hidden, images, self.batch_size, self.shared, weights)
+        return of_images(hidden, self.joint.weights, images, self.batch_size, self.shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -311,18 +309,18 @@ def _hidden(model: JointModel, weights: Any, x: Any) -> Any:
 
 def of_images(
     function: Callable,
+    weights: Any,
     images: Pixels,
     batch_size: int,
     shared: bool = False,
-    weights: Any = None,
 ) -> Float[np.ndarray, "n d"]:
-    """What a function of images [B, H, W, C] computes for all images; see `mesh.in_batches`.
-    shared: see `shares.in_shares`."""
+    """What a function of (weights, images [B, H, W, C]) computes for all images; see
+    `mesh.in_batches`. shared: see `shares.in_shares`."""
     if not len(images):
         raise InvalidValue("images", NO_VALUE, "are none; there must be at least 1")
 
     def results(rows: slice) -> np.ndarray:
         size = min(batch_size, rows.stop - rows.start)
-        return in_batches(function, [images[rows]], size, weights).astype(np.float32)
+        return in_batches(function, weights, [images[rows]], size).astype(np.float32)
 
     return in_shares(results, len(images), shared)

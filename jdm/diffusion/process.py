@@ -152,6 +152,12 @@ def pixels_to_float(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"
     return images.astype(jnp.float32) / 127.5 - 1
 
 
+def to_floats(images: np.ndarray | jax.Array) -> Float[Array, "n h w c"]:
+    """uint8 images, or floats in [-1, 1], as floats in [-1, 1]."""
+    x = jnp.asarray(images)
+    return pixels_to_float(x) if x.dtype == jnp.uint8 else x
+
+
 def float_to_pixels(x: Float[Array, "*b h w c"]) -> UInt8[Array, "*b h w c"]:
     """Floats to uint8, round((x + 1) · 127.5); values outside [-1, 1] are clipped."""
     return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)

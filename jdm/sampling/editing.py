@@ -13,10 +13,11 @@ from jaxtyping import Float
 
 from jdm.diffusion.guidance import DEFAULTS
 from jdm.diffusion.method import Method, method_of
+from jdm.diffusion.process import to_floats
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
 from jdm.errors import NO_VALUE, InvalidValue
-from jdm.joint import Joint, as_joint, check_images, image_shape, name_of, to_floats
-from jdm.mesh import on_devices, replicated
+from jdm.joint import Joint, as_joint, check_images, image_shape, name_of
+from jdm.mesh import on_devices, replicated, whole
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import POSITIVE, SHARE, Option, Rule
 from jdm.sampling import programs
@@ -108,7 +109,8 @@ def invert(
     static = (joint.model, joint.diffusion, request.recipe.method, iterations, mesh)
     compiled = functools.partial(programs.compile_inverter, *static)
     rows, program = programs.fitting(len(images), mesh, batch_size, compiled)
-    weights, scale = jax.device_put((joint.weights, np.float32(request.scale)), replicated(mesh))
+    once = (whole(joint.weights), np.float32(request.scale))
+    weights, scale = jax.device_put(once, replicated(mesh))
     noise = []
     with Progress(len(images), "inverting", "images") as progress:
         for start in range(0, len(images), rows):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jdm.joint import Joint
-from jdm.mesh import on_devices, replicated
+from jdm.mesh import on_devices, replicated, whole
 from jdm.profiling import trace
 from jdm.sampling import programs
 from jdm.sampling.request import Request
@@ -58,8 +58,8 @@ def make_generator(
     static = (joint.model, classifier and classifier.model, joint.diffusion, request.recipe, mesh)
     compiled = functools.partial(programs.compile_sampler, *static)
     rows, program = programs.fitting(len(request.seeds), mesh, batch_size, compiled)
-    weights = jax.device_put((joint.weights, classifier and classifier.weights), replicated(mesh))
-    scale = jax.device_put(np.float32(request.scale), replicated(mesh))
+    weights = (whole(joint.weights), classifier and whole(classifier.weights))
+    weights, scale = jax.device_put((weights, np.float32(request.scale)), replicated(mesh))
     scorer, scorer_weights = (classifier, weights[1]) if classifier else (joint, weights[0])
 
     def batches(request: Request, progress: Progress) -> Iterator[Batch]:

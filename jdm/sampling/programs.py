@@ -108,8 +108,8 @@ def trace_sampler(
 
     ((weights, guidance classifier's weights), seeds, targets, scale, given) -> see `_sample`.
     """
-    whole, (images, targets, scale) = replicated(mesh), _abstract_inputs(model, mesh, rows)
-    weights = (abstract_weights(model, whole), classifier and abstract_weights(classifier, whole))
+    images, targets, scale = _abstract_inputs(model, mesh, rows)
+    weights = (abstract_weights(model, mesh), classifier and abstract_weights(classifier, mesh))
     seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=by_row(mesh))
     given = None if recipe.start == "seed" else images
     inputs = (weights, seeds, targets, scale, given)
@@ -124,7 +124,7 @@ def compile_inverter(
 
     (weights, images float32, targets, scale) -> x_T float32 [B, H, W, C].
     """
-    inputs = (abstract_weights(model, replicated(mesh)), *_abstract_inputs(model, mesh, rows))
+    inputs = (abstract_weights(model, mesh), *_abstract_inputs(model, mesh, rows))
     return _invert.lower(model, diffusion, method, iterations, *inputs).compile()
 
 

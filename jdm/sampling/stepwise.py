@@ -19,7 +19,7 @@ from jdm.diffusion.method import OPTIONS, Method, method_of
 from jdm.diffusion.process import Estimate, float_to_pixels
 from jdm.diffusion.samplers import SAMPLERS, initial_noise, timesteps, visitor, visits
 from jdm.joint import Joint, abstract_weights, as_joint, image_shape, make_network, name_of
-from jdm.mesh import by_row, on_devices, replicated
+from jdm.mesh import by_row, on_devices, replicated, whole
 from jdm.numerics import fixed_flags, key_of
 from jdm.options import takes
 from jdm.sampling import programs
@@ -79,9 +79,8 @@ def _emerging(
         program = dataclasses.replace(method, steps=1, spacing="uniform")  # of any times
         compiled = functools.partial(_compiled, joint.model, joint.diffusion, program, mesh)
         rows, step = programs.fitting(len(images), mesh, batch_size, compiled)
-        weights, scale = jax.device_put(
-            (joint.weights, np.float32(request.scale)), replicated(mesh)
-        )
+        once = (whole(joint.weights), np.float32(request.scale))
+        weights, scale = jax.device_put(once, replicated(mesh))
         times = timesteps(joint.diffusion, method.steps, method.spacing)
         schedule = visits(joint.diffusion, times, SAMPLERS[method.sampler].evaluations)
         schedule = jax.tree.map(np.asarray, schedule)
@@ -107,9 +106,9 @@ def _emerging(
             estimates.append(images[start : start + count].copy())
             if not (start + count == len(images) and len(estimates) == len(times)):
                 yield seen()
-        if not (whole := np.asarray(finite)[:count]).all():
+        if not (finite := np.asarray(finite)[:count]).all():
             raise FloatingPointError(
-                f"the image of seed {part.seeds[~whole][0]} is not finite; a smaller scale than "
+                f"the image of seed {part.seeds[~finite][0]} is not finite; a smaller scale than "
                 f"{part.scale:g} may help"
             )
         parts.append(np.stack(estimates))
@@ -154,19 +153,19 @@ def _step(model, diffusion, method, weights, seeds, targets, scale, carry, visit
 @functools.cache
 def _compiled(model, diffusion, method, mesh, rows):
     """`_step` for a batch of `rows` images, split over the mesh."""
-    by, whole = by_row(mesh), replicated(mesh)
+    by, every = by_row(mesh), replicated(mesh)
     outcomes = model.num_classes * (2 if model.multi_label else 1)
     seeds = jax.ShapeDtypeStruct((rows,), np.uint32, sharding=by)
     targets = jax.ShapeDtypeStruct((rows, outcomes), np.float32, sharding=by)
-    scale = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
+    scale = jax.ShapeDtypeStruct((), np.float32, sharding=every)
     carry = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=by),
         jax.eval_shape(functools.partial(_start, model, diffusion, method), seeds),
     )
     one = visits(diffusion, np.zeros(1, np.int32), 1)
     visit = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((), np.asarray(x).dtype, sharding=whole), one
+        lambda x: jax.ShapeDtypeStruct((), np.asarray(x).dtype, sharding=every), one
     )
     step = jax.jit(_step, static_argnums=(0, 1, 2), out_shardings=(by, by, by))
-    inputs = (abstract_weights(model, whole), seeds, targets, scale, carry, visit)
+    inputs = (abstract_weights(model, mesh), seeds, targets, scale, carry, visit)
     return step.lower(model, diffusion, method, *inputs).compile()

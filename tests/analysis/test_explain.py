@@ -25,9 +25,9 @@ from jdm.analysis.explain_options import ExplainOptions
 from jdm.analysis.reference import ReferenceClassifiers
 from jdm.data.splits import load_split
 from jdm.diffusion.method import Method
+from jdm.diffusion.process import to_floats
 from jdm.diffusion.samplers import image_noise
 from jdm.errors import InvalidValue
-from jdm.joint import to_floats
 from jdm.numerics import key_of
 
 QUICK = dict(steps=2, draws=2, strengths=(0.5, 1.0), again=0.0, confidence=0.0, scale=10.0)

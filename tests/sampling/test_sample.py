@@ -73,7 +73,9 @@ placed, on_devices = [], mesh.on_devices
 mesh.on_devices = lambda *what: placed.append(on_devices(*what)) or placed[-1]
 editing.on_devices = mesh.on_devices
 some = jax.devices()[2:6]
-joint = jdm.load(sys.argv[1], devices=some)
+joint = jdm.load(sys.argv[1], devices=some, mesh="fsdp")
+share, whole = mesh.share_of_each(joint.weights)
+assert share < 0.5 and whole, (share, whole)  # between two calls each device has a part
 noise = jdm.invert(joint, samples.images, steps=3, iterations=2)
 found = evaluated(joint, samples.images)
 # 20 images at once; then 8 at a time, two on each device, in four evaluations.

@@ -106,9 +106,9 @@ def image_bounds(
     check_trained(joint, "diffusion")
     STEPS.check("bound_steps", steps)
     edges = strata(joint.diffusion.steps, steps)
-    model, diffusion, weights = joint.model, joint.diffusion, joint.weights
+    model, diffusion = joint.model, joint.diffusion
 
-    def of_batch(batch: Any, index: Any) -> Any:
+    def of_batch(weights: Any, batch: Any, index: Any) -> Any:
         prior, terms = _bound(model, diffusion, weights, batch, jnp.uint32(seed), index, edges)
         return prior, terms.T
 
@@ -116,7 +116,7 @@ def image_bounds(
         index = np.arange(rows.start, rows.stop, dtype=np.int32)
         with Progress(len(index), "computing the bound", "images") as progress:
             arrays = [images[rows], index]
-            return in_batches(of_batch, arrays, batch_size, weights, progress.advance)
+            return in_batches(of_batch, joint.weights, arrays, batch_size, progress.advance)
 
     prior, terms = in_shares(bounds, len(images), shared)
     # In float64, since hundreds of terms are added.

@@ -28,18 +28,11 @@ from jaxtyping import Array, Bool, Float, Num, UInt8
 from jdm import names
 from jdm.diffusion.guidance import gradients, guide
 from jdm.diffusion.method import Method
-from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float
+from jdm.diffusion.process import Diffusion, float_to_pixels, pixels_to_float, to_floats
 from jdm.diffusion.samplers import ddim_inverse, image_noise, reverse, timesteps
 from jdm.errors import InvalidValue
-from jdm.joint import (
-    Joint,
-    abstract_weights,
-    image_shape,
-    logits_of,
-    make_network,
-    to_floats,
-)
-from jdm.mesh import by_row, in_batches, on_devices, replicated
+from jdm.joint import Joint, abstract_weights, image_shape, logits_of, make_network
+from jdm.mesh import by_row, in_batches, on_devices, replicated, whole
 from jdm.nn.model import JointModel
 from jdm.numerics import key_of
 from jdm.sampling.programs import fitting
@@ -113,7 +106,7 @@ def _compiled(
     """`_denoised` for a batch of `rows` images, split over the mesh."""
     outcomes = model.num_classes * (2 if model.multi_label else 1)
     height, width, channels = image_shape(model)
-    by, whole = by_row(mesh), replicated(mesh)
+    by, every = by_row(mesh), replicated(mesh)
     shapes = (
         ((height, width, channels), jnp.float32),
         ((), jnp.uint32),
@@ -122,10 +115,10 @@ def _compiled(
         ((height, width, 1), jnp.bool_),
     )
     inputs = tuple(jax.ShapeDtypeStruct((rows, *s), d, sharding=by) for s, d in shapes)
-    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    times = jax.ShapeDtypeStruct((steps,), jnp.int32, sharding=whole)
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=every)
+    times = jax.ShapeDtypeStruct((steps,), jnp.int32, sharding=every)
     static = (model, diffusion, method, start, masked)
-    return _denoised.lower(*static, abstract_weights(model, whole), inputs, scale, times).compile()
+    return _denoised.lower(*static, abstract_weights(model, mesh), inputs, scale, times).compile()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -149,12 +142,12 @@ def noised_probabilities(
     batch_size: int,
 ) -> Float[np.ndarray, "n k"]:
     """Class probabilities of images at noise level t, the means over 4 noises, float32 [N, K]."""
-    static, weights = (joint.model, joint.diffusion), joint.weights
 
-    def of_batch(batch: Any, seeds: Any) -> Any:
+    def of_batch(weights: Any, batch: Any, seeds: Any) -> Any:
+        static = (joint.model, joint.diffusion)
         return _noised_probabilities(*static, weights, batch, seeds, jnp.int32(t))
 
-    return in_batches(of_batch, [images, seeds.astype(np.uint32)], batch_size, weights)
+    return in_batches(of_batch, joint.weights, [images, seeds.astype(np.uint32)], batch_size)
 
 
 def times_from(diffusion: Diffusion, method: Method, strength: float) -> np.ndarray:
@@ -212,8 +205,8 @@ class Denoiser:
             (np.ones(count) if shares is None else shares).astype(np.float32),
             np.broadcast_to(region, (count, *region.shape[1:])),
         )
-        whole = (joint.weights, np.float32(scale), times)
-        weights, scale, times = jax.device_put(whole, replicated(mesh))
+        once = (whole(joint.weights), np.float32(scale), times)
+        weights, scale, times = jax.device_put(once, replicated(mesh))
         found = [np.zeros((0, *joint.image_shape), np.uint8)]
         for first in range(0, count, rows):
             part = tuple(x[first : first + rows] for x in inputs)
