@@ -29,22 +29,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="a multiple of the devices")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds={arguments.rounds} must be 1 or more")
 
     startup.set_up()
     import jax
     from timing import seconds, spread
 
+    from jdm.checkpoint import CheckpointError
     from jdm.diffusion.method import Method
+    from jdm.errors import InvalidValue
     from jdm.joint import abstract_weights, load
-    from jdm.mesh import on_devices, replicated, whole
+    from jdm.mesh import check_batch, on_devices, replicated, whole
     from jdm.sampling import programs
     from jdm.sampling.request import check_request
 
-    joint, split = load(arguments.checkpoint), load(arguments.checkpoint, mesh="fsdp")
-    rows, mesh = arguments.batch, joint.mesh
-    seeds = np.arange(rows)
-    labels = seeds % joint.model.num_classes
-    request = check_request(joint, labels=labels, seeds=seeds, method=Method())
+    rows, seeds = arguments.batch, np.arange(arguments.batch)
+    try:
+        joint, split = (load(arguments.checkpoint, mesh=name) for name in ("data", "fsdp"))
+        mesh = joint.mesh
+        check_batch(rows, mesh, "--batch")
+        labels = seeds % joint.model.num_classes
+        request = check_request(joint, labels=labels, seeds=seeds, method=Method())
+    except (CheckpointError, InvalidValue) as error:
+        parser.error(str(error))
     inputs = on_devices((request.seeds, request.targets), rows, mesh)
     scale = jax.device_put(np.float32(request.scale), replicated(mesh))
     static = (joint.model, None, joint.diffusion, request.recipe)

@@ -125,9 +125,10 @@ def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
 
 
 def whole(weights: PyTree) -> PyTree:
-    """Weights as a program of this host computes with them: replicated over those of its devices
-    that they are on, or split over. Copies nothing that lies so; what is on no mesh stays as it is.
-    Where weights are split over the devices of several hosts, all of these call this together."""
+    """Weights as a program of this host computes with them: all of each array on every device of
+    this host that holds a part of them. Weights that lie so are not copied, and those on no mesh,
+    such as NumPy arrays, are returned as they are. Where weights are split over the devices of
+    several hosts, all of these call this together."""
     if (mesh := _mesh(weights)) is None:
         return weights
     if not all(x.is_fully_replicated for x in jax.tree.leaves(weights)):
