@@ -21,6 +21,7 @@ from jdm.options import (
     TUPLE,
     UNIT,
     Option,
+    Rule,
     check_fields,
     declared,
     options_of,
@@ -51,6 +52,12 @@ class Method:
     )
     spacing: str = declared("uniform", "how the visited timesteps are spaced", names=names.SPACINGS)
     eta: float = declared(0.0, "noise of ddim: 0 is deterministic, 1 as noisy as ancestral", UNIT)
+    s_noise: float = declared(
+        1.0,
+        "factor of the noise that ancestral adds: above 1, images differ more and are further from "
+        "the data",
+        Rule("between 0 and 2", lambda v: 0 <= v <= 2),
+    )
     threshold: str = declared(
         None,
         "how estimates of the clean image are brought into [-1, 1]: clipped (static), scaled down "

@@ -326,13 +326,16 @@ def reverse_chain(diffusion: Diffusion, keys, eps_of, deviation_of) -> np.ndarra
     return x
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ancestral_is_the_published_algorithm_with_new_noise_at_each_step(draw, variance):
+@pytest.mark.parametrize(
+    "variance, s_noise", [("fixed_small", 1.0), ("fixed_large", 1.0), ("fixed_large", 1.3)]
+)
+def test_ancestral_is_the_published_algorithm_with_new_noise_at_each_step(draw, variance, s_noise):
     diffusion, keys = Diffusion(30, variance=variance), make_keys(4)
     table = diffusion.posterior_variance if variance == "fixed_small" else diffusion.betas
-    options = dict(sampler="ancestral", steps=30, threshold="none")
+    options = dict(sampler="ancestral", steps=30, threshold="none", s_noise=s_noise)
     ours = draw(lambda x, t: Estimate(0.5 * x), diffusion, keys, **options)
-    expected = reverse_chain(diffusion, keys, lambda x, abar: 0.5 * x, lambda t: table[t] ** 0.5)
+    deviation = s_noise * np.sqrt(table)
+    expected = reverse_chain(diffusion, keys, lambda x, abar: 0.5 * x, lambda t: deviation[t])
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
