@@ -28,7 +28,7 @@ from jdm.data.splits import ReadOptions, load_split
 from jdm.files import write_whole
 from jdm.tracking import read_metrics
 
-GUIDANCE = ("pixel", "representation")
+GUIDANCE = ("representation", "pixel")
 SEEDS = range(1000, 1500)
 
 
@@ -106,7 +106,7 @@ def say(report: dict, workdir: Path) -> None:
         f"{report['total_seconds']:.0f} s in all\n"
         f"peak memory              {report['peak_memory_bytes'] / 2**30:.2f} GiB\n"
         f"pictures                 {workdir / 'samples.png'}, "
-        f"{workdir / 'samples_representation.png'}\n"
+        f"{workdir / 'samples_pixel.png'}\n"
         f"figures                  {workdir / 'report.json'}"
     )
 

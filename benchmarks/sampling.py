@@ -8,7 +8,8 @@ Writes a table, report.json and the first 100 images of each row to --out. The r
 steps × guidance (× --options), with jdm.sample's defaults for all else, and what they are to beat:
 
     published        the published procedure: ancestral, all T steps, the representations moved by
-                     1000 times the gradient, the estimate of the clean image not held in [-1, 1]
+                     1000 times the gradient, the estimate of the clean image not held in [-1, 1];
+                     --published='{"scale": -70}' gives it the best scale of the network instead
     representation   the same steps, clipped, with the representation guidance of jdm
     ddim             50 steps of DDIM, clipped, eta = 0, with that guidance
 
@@ -16,12 +17,13 @@ Protocol. Image i of every row has the seed --seeds + i and asks for class i mod
 made in batches of 64 and in rounds, a batch of each row a round, so that a machine that drifts does
 so for all; all is compiled before. The time of a row is the median of its first --repeats, from
 the call to pixels on the host; ratios are of such medians. The reference classifiers are fitted on
-the pixels of the training images (jdm.analysis.reference). The columns:
+the training images: an SVC and the nearest neighbour up to 16 pixels a side, above that a network
+(jdm.analysis.reference). The columns:
 
     evaluations   how often the sampler asks for the estimate of the noise, guidance and all
     × …           how many times faster than that baseline
-    agreement     share of images classified as their label: the lower of an SVC and the 1-NN
-    distance      Fréchet, of a perceptron's features to those of the training images. It is larger
+    agreement     share of images classified as their label: the lower of the reference classifiers
+    distance      Fréchet, of a reference's features to those of the training images. It is larger
                   for fewer images: where rows differ in number, compare those "of the first N"
     neighbours    distance to the nearest training image over that of test images: mean (least)
     diversity     distance within a class over that of training images: mean (least class)
@@ -46,8 +48,8 @@ import numpy as np
 import jdm
 from jdm import plot, startup
 from jdm.analysis import metrics
-from jdm.analysis.reference import ReferenceClassifiers
-from jdm.data.splits import ReadOptions, load_split
+from jdm.analysis.reference import Reference, make_reference
+from jdm.data.splits import ReadOptions, Split, cache_root, load_split
 from jdm.diffusion.method import OPTIONS, method_of
 from jdm.diffusion.samplers import SAMPLERS
 from jdm.errors import Failure
@@ -80,11 +82,12 @@ class Row:
         return each * steps - (each - 1)  # the last step of Heun's method has no corrector
 
 
-def baselines(total: int) -> dict[str, dict]:
-    """The settings that the rows are measured against, for a chain of `total` steps."""
+def baselines(total: int, published: dict) -> dict[str, dict]:
+    """The settings that the rows are measured against, for a chain of `total` steps. published:
+    what is changed in those of the published procedure."""
     every = dict(sampler="ancestral", steps=total)
     return {
-        "published": every | dict(guidance="published", scale=1000.0) | UNCLIPPED,
+        "published": every | dict(guidance="published", scale=1000.0) | UNCLIPPED | published,
         "representation": every | dict(guidance="representation") | CLIPPED,
         "ddim": dict(sampler="ddim", steps=50, guidance="representation", eta=0.0) | CLIPPED,
     }
@@ -121,16 +124,16 @@ def request_of(joint: "jdm.Joint", row: Row, labels, seeds):
     return check_request(joint, method=method_of(None, row.settings), labels=labels, seeds=seeds)
 
 
-def figures(classifiers: ReferenceClassifiers, train, test, fewest: int, images, labels) -> dict:
+def figures(reference: Reference, train, test, fewest: int, images, labels) -> dict:
     """The figures of uint8 images [N, H, W, C] that should show the labels, if there are any."""
-    known, features = classifiers.features(train[0]), classifiers.features(images)
+    known, features = reference.features(train.images), reference.features(images)
     labelled = labels is not None
     return {
         "images": len(images),
-        "agreement": classifiers.agreement(images, labels) if labelled else None,
+        "agreement": reference.agreement(images, labels) if labelled else None,
         "distance": metrics.frechet_distance(known, features),
         "distance_of_first": metrics.frechet_distance(known, features[:fewest]),
-        "neighbours": metrics.nearest_neighbour_ratio(train[0], test[0], images),
+        "neighbours": metrics.nearest_neighbour_ratio(train.images, test.images, images),
         "diversity": metrics.diversity_ratio(images, labels, *train) if labelled else None,
     }
 
@@ -182,19 +185,15 @@ def table(found: list[dict], fewest: int) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in ruled)
 
 
-def real_images(config, name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def real_images(name: str, split: str, options: ReadOptions) -> Split:
     """The labelled images of a split, as the model takes them, and their labels."""
-    options = ReadOptions.of(config.data, config.model)
-    images, labels = load_split(
-        name, split, dataclasses.replace(options, data_dir=data_dir, workers=0)
-    )
+    images, labels = load_split(name, split, options)
     if labels.ndim > 1:
         raise ValueError(
             f"{name} gives an image several labels; the reference classifiers know one"
         )
-    # Shuffled, so that the first so many of them stand for all.
-    order = np.random.default_rng(0).permutation(np.flatnonzero(labels >= 0))
-    return images[order], labels[order]
+    rows = np.flatnonzero(labels >= 0)
+    return Split(images[rows], labels[rows], split)
 
 
 def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
@@ -208,9 +207,13 @@ def rows_of(flags: argparse.Namespace, joint: "jdm.Joint") -> list[Row]:
     if flags.repeats < 1:
         raise ValueError(f"--repeats={flags.repeats} must be positive")
     known = [name for name in OPTIONS if name not in OF_A_ROW]
+    for name in flags.published:
+        check_name("--published", name, known)
+    if flags.published and "published" not in flags.baselines:
+        raise ValueError("--published goes with --baselines=published")
     rows = []
     for name in flags.baselines:
-        settings = baselines(total)[check_name("--baselines", name, TARGET)]
+        settings = baselines(total, flags.published)[check_name("--baselines", name, TARGET)]
         rows.append(Row(name, settings, few if settings["steps"] == total else count))
     guidances = flags.guidance or [name for name in GUIDANCE if name != "published"]
     every = (flags.samplers or SAMPLERS, flags.steps, guidances, flags.options or [{}])
@@ -263,6 +266,7 @@ def main() -> None:
     add("--guidance", type=names, help="such as none,pixel (all but published)")
     add("--options", type=options, action="append", help="a JSON object; again for more rows")
     add("--baselines", type=names, default=",".join(TARGET), help="may be empty (%(default)s)")
+    add("--published", type=options, default={}, help="a JSON object, such as its best scale")
     add("--samples", type=int, default=1000, help="images that are scored (%(default)s)")
     add("--quality-of-baselines", type=int, help="images of those of all T steps (--samples)")
     add("--seeds", type=int, default=3000, help="the first one (%(default)s)")
@@ -274,12 +278,18 @@ def main() -> None:
     try:
         joint = jdm.load(flags.checkpoint)
         rows, config = rows_of(flags, joint), joint.config
-        data = (flags.data or config.data.name, flags.data_dir or config.data.dir)
-        splits = [real_images(config, *data, split) for split in ("train", "test")]
+        name, folder = flags.data or config.data.name, flags.data_dir or config.data.dir
+        read = ReadOptions.of(config.data, config.model)
+        read = dataclasses.replace(read, data_dir=folder, workers=0)
+        splits = [real_images(name, split, read) for split in ("train", "test")]
         flags.out.mkdir(parents=True, exist_ok=True)
-        classifiers = ReferenceClassifiers(*splits[0])
-        fewest = min(len(splits[1][0]), *(row.count for row in rows))
-        found = [{"name": "real", **figures(classifiers, *splits, fewest, *splits[1])}]
+        reference = make_reference(joint, splits[0], cache_root(read), BATCH)
+        test = splits[1]
+        fewest = min(len(test.images), *(row.count for row in rows))
+        # Shuffled, so that the first so many of them stand for all.
+        order = np.random.default_rng(0).permutation(len(test.images))
+        real = figures(reference, *splits, fewest, test.images[order], test.labels[order])
+        found = [{"name": "real", **real}]
     except (Failure, OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -294,14 +304,14 @@ def main() -> None:
             "seconds": statistics.median(row.seconds[: flags.repeats]),
             "timings": row.seconds,
         }
-        found.append(entry | figures(classifiers, *splits, fewest, images, labels))
+        found.append(entry | figures(reference, *splits, fewest, images, labels))
         picture = plot.png(plot.grid(images[:100], columns=10))
         write_whole(flags.out / f"{row.name.replace(' ', '_')}.png", picture)
     compare(found[1:])
     report = {
         "checkpoint": flags.checkpoint,
-        "data": data[0],
-        "training_images": len(splits[0][0]),
+        "data": name,
+        "training_images": len(splits[0].images),
         "first_seed": flags.seeds,
         "repeats": flags.repeats,
         "fewest": fewest,

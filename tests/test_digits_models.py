@@ -23,14 +23,14 @@ import sys
 import numpy as np
 import jdm
 from jdm import startup
-from jdm.diffusion.guidance import GUIDANCE
+from jdm.diffusion.guidance import GUIDANCE, default_guidance
 
 startup.collect_rarely()
 networks, out = sys.argv[1:]
 images = {}
-for name, guidance in (("eps", None), ("eps", "representation"), ("v", None)):
+for name, guidance in (("eps", None), ("eps", "pixel"), ("v", None)):
     # 200 images with the defaults of jdm.sample, and 50 with the negative of the default scale.
-    scale = GUIDANCE[guidance or "pixel"].default_scale
+    scale = GUIDANCE[guidance or default_guidance(labelled=True)].default_scale
     for count, sign in ((200, {}), (50, dict(scale=-scale))):
         options = dict(labels=np.arange(count) % 10, seeds=range(7000, 7000 + count), batch_size=50)
         options |= sign | (dict(guidance=guidance) if guidance else {})
@@ -56,7 +56,7 @@ def classifiers():
 
 # That `representation` moves images as it should whatever is predicted is shown exactly in
 # tests/diffusion/test_representations.py.
-@pytest.mark.parametrize("name", ["eps default", "eps representation", "v default"])
+@pytest.mark.parametrize("name", ["eps default", "eps pixel", "v default"])
 def test_a_positive_scale_moves_the_image_toward_the_class_and_a_negative_one_away(
     images, classifiers, name
 ):

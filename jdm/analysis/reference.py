@@ -69,6 +69,11 @@ class Reference(abc.ABC):
         """{name: a function from uint8 images [N, H, W, C] to classes int [N]}; {} where images
         have several attributes."""
 
+    def agreement(self, images: Pixels, labels: Labels) -> dict[str, float]:
+        """The share of the images that each predictor takes for its label, in [0, 1]."""
+        found = self.predictors.items()
+        return {name: float(np.mean(predict(images) == labels)) for name, predict in found}
+
     @abc.abstractmethod
     def classify(self, images: Pixels) -> np.ndarray:
         """Class probabilities float [N, K], those of attributes too; or classes int [N] where the
@@ -148,10 +153,6 @@ class ReferenceClassifiers(Reference):
     def classify(self, images: Pixels) -> Labels:
         """The classes that the support vector classifier sees, int [N]."""
         return self.predictors["svc"](images)
-
-    def agreement(self, images: Pixels, labels: Labels) -> dict[str, float]:
-        """The accuracy of "svc" and of "1-nn" on these images, in [0, 1]."""
-        return {name: one.score(flat(images), labels) for name, one in self._classifiers.items()}
 
     def features(self, images: Pixels) -> Float[np.ndarray, "_ d"]:
         """The hidden units of the perceptron after the ReLU; it is fitted at the first call."""

@@ -71,7 +71,7 @@ class Method:
         "what steers samples toward their labels",
         names=names.GUIDANCE,
         kind=TEXT,
-        unset="pixel with labels, none without",
+        unset="representation with labels (pixel with another classifier), none without",
     )
     scale: float | None = declared(
         None,

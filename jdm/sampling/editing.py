@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jdm.diffusion.guidance import DEFAULTS
+from jdm.diffusion.guidance import default_guidance
 from jdm.diffusion.method import Method, method_of
 from jdm.diffusion.process import to_floats
 from jdm.diffusion.samplers import SAMPLERS, initial_noise
@@ -129,7 +129,7 @@ def edit(
     *,
     strength: float = 0.5,
     steps: int | str | None = None,
-    guidance: str = DEFAULTS[True],
+    guidance: str | None = None,
     seeds: Numbers | None = None,
     classifier: Joint | str | os.PathLike | None = None,
     batch_size: int | None = None,
@@ -140,7 +140,8 @@ def edit(
 
     images: uint8 [N, H, W, C], or floats in [-1, 1], see `jdm.classify`. strength: that noise
     level as a share of T, in (0, 1]; at 1 nothing of the images is left. steps: denoising steps;
-    None is 50 * strength. For the rest see `jdm.sample`.
+    None is 50 * strength. guidance: None is what `jdm.sample` chooses for labels. For the rest see
+    `jdm.sample`.
 
     Raises InvalidValue, naming the argument.
     """
@@ -149,6 +150,7 @@ def edit(
     _STRENGTH.check("strength", strength)
     total = max(1, round(strength * joint.diffusion.steps))
     steps = min(total, max(1, round(50 * strength))) if steps is None else steps
+    guidance = guidance or default_guidance(True, classifier is not None)
     request = check_request(
         joint,
         len(images),

@@ -115,7 +115,7 @@ def check_request(
     classifier = None if classifier is None else as_joint(classifier, "classifier")
     model = joint.model
     labels, seeds = check_rows(n, labels, seeds, model.num_classes, model.multi_label)
-    method = chosen(method, labels is not None)
+    method = chosen(method, labels is not None, classifier is not None)
     guidance = GUIDANCE[method.guidance]
     check_takes(method, "sampler", SAMPLERS)
     check_takes(method, "guidance", GUIDANCE)

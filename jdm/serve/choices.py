@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from jdm import names
-from jdm.diffusion.guidance import DEFAULTS, GUIDANCE, chosen
+from jdm.diffusion.guidance import GUIDANCE, chosen
+from jdm.diffusion.guidance import default_guidance as default_of
 from jdm.diffusion.method import Method
 from jdm.errors import NO_VALUE, InvalidValue
 from jdm.joint import Joint
@@ -35,7 +36,7 @@ def guidances(joint: Joint) -> list[str]:
 
 
 def default_guidance(joint: Joint, labelled: bool = True) -> str:
-    return DEFAULTS[labelled and joint.has_classifier]
+    return default_of(labelled and joint.has_classifier)
 
 
 def most_steps(joint: Joint) -> int:

@@ -202,7 +202,7 @@ def test_the_classifier_is_asked_at_the_t_of_the_image(guidance):
 
 def test_default_scales():
     """That of `published` is the published one; the others were chosen (docs/results.md)."""
-    expected = dict(none=0.0, pixel=6.0, representation=5.0, published=1000.0)
+    expected = dict(none=0.0, pixel=6.0, representation=0.7, published=1000.0)
     assert {name: one.default_scale for name, one in GUIDANCE.items()} == expected
 
 

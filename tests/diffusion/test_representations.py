@@ -109,10 +109,11 @@ def test_representations_move_along_their_total_derivatives_as_far_as_the_image_
     g = slopes(lambda h: log_likelihood(FLAT + h, ZERO))
     total = total_derivatives()
     b = np.sqrt(1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None]
-    increase = (scale * g**2).sum(axis=1, keepdims=True)
+    shift = scale * np.sqrt(4) * g  # the image has four values
+    increase = (shift * g).sum(axis=1, keepdims=True)
     squares = np.mean([(x**2).sum(axis=1, keepdims=True) for x in total], axis=0)
     moved = getattr(layers(np, FLAT, ZERO), layer) + increase / squares * getattr(total, layer)
-    expected = np.tanh(moved) - scale * g / b
+    expected = np.tanh(moved) - shift / b
     np.testing.assert_allclose(run("representation", layered(layer), scale), expected, atol=1e-4)
 
 
@@ -169,11 +170,11 @@ def test_the_published_update_adds_a_multiple_of_the_cross_entropys_derivative(l
 @pytest.mark.parametrize("guidance", ["representation", "published"])
 def test_only_the_named_blocks_move(guidance):
     """The decoder shows the late layer, so that a move of the early one alone leaves what x_t adds
-    under `representation`: - u / sqrt(1 - abar_t), of which pixel guidance subtracts the
-    (1 - abar_t)-fold."""
+    under `representation`: - u / sqrt(1 - abar_t). Of that, pixel guidance at sqrt(N) = 2 times
+    the scale subtracts the (1 - abar_t)-fold."""
     network, plain = layered("late"), run("none", layered("late"))
     if guidance == "representation":
-        pixel = run("pixel", network, 2.0) - plain
+        pixel = run("pixel", network, 2.0 * np.sqrt(4)) - plain
         plain = plain + pixel / (1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None]
     early, late = (run(guidance, network, 2.0, blocks=blocks) for blocks in (("stem",), ("mid",)))
     np.testing.assert_allclose(early, plain, rtol=1e-4, atol=1e-5)
@@ -234,7 +235,8 @@ def test_a_linear_networks_image_moves_along_the_gradient_whatever_is_predicted(
     prediction, variance
 ):
     """Here P = u, so that the estimate of x_0 is that of x_t + u: it moves by dx_0/dx_t u, which is
-    abar v / (abar v + 1 - abar) / (1 - abar) times the change under pixel guidance."""
+    abar v / (abar v + 1 - abar) / (1 - abar) times the change under pixel guidance, at sqrt(N) = 2
+    times the scale."""
     diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)
     network = gaussian_network(diffusion, variance)
     labels = jnp.asarray([0, 1, 0, 1, 0], jnp.int32)
@@ -242,7 +244,7 @@ def test_a_linear_networks_image_moves_along_the_gradient_whatever_is_predicted(
     times = abar * variance / (abar * variance + 1 - abar) / (1 - abar)
     plain = run("none", network, diffusion=diffusion)
     for scale in (2.0, -2.0):
-        pixel = run("pixel", network, scale, labels, diffusion)
+        pixel = run("pixel", network, scale * np.sqrt(4), labels, diffusion)
         expected = plain + times * (pixel - plain)
         ours = run("representation", network, scale, labels, diffusion)
         np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=2e-4)

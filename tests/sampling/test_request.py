@@ -145,14 +145,17 @@ def test_labels_without_guidance_are_warned_about(joint):
 
 
 def test_what_a_method_leaves_open_follows_from_the_labels_and_the_guidance(joint):
-    def found(labels=None, **options):
-        method = check_request(joint, labels=labels, method=Method(**options)).recipe.method
+    def found(labels=None, classifier=None, **options):
+        given = dict(labels=labels, classifier=classifier, method=Method(**options))
+        method = check_request(joint, **given).recipe.method
         return method.guidance, method.sampler, method.steps, method.threshold
 
     assert found() == ("none", "ddim", 50, "static")
-    assert found([1]) == ("pixel", "ancestral", 20, "static")
+    assert found([1]) == ("representation", "ancestral", 20, "static")
     assert found([1], guidance="published") == ("published", "ancestral", 20, "none")
-    assert found([1], sampler="heun", steps=7, threshold="none") == ("pixel", "heun", 7, "none")
+    assert found([1], sampler="heun", steps=7)[:3] == ("representation", "heun", 7)
+    assert found([1], threshold="none")[3] == "none"
+    assert found([1], classifier=joint)[0] == "pixel"  # which another classifier can guide
     assert (
         from_noise(Method()).sampler == "ddim"
         and from_noise(Method(sampler="heun")).sampler == "heun"
@@ -162,7 +165,7 @@ def test_what_a_method_leaves_open_follows_from_the_labels_and_the_guidance(join
 
 
 def test_labels_alone_guide(joint, assert_same_images):
-    named = dict(guidance="pixel", scale=6.0, sampler="ancestral", steps=20)
+    named = dict(guidance="representation", scale=0.7, sampler="ancestral", steps=20)
     ours, theirs = (jdm.sample(joint, 2, labels=[1], **options) for options in ({}, named))
     assert_same_images(ours.images, theirs.images)
     assert ours.settings == theirs.settings | {"model": ours.settings["model"]}

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("gradio"), reason="the page needs the extra serve"
 )
 
-DEFAULT = "pixel", 6.0, "ancestral"  # of the page; with four images, one program for all requests
+# Of the page; with four images, one program serves all requests.
+DEFAULT = "representation", 0.7, "ancestral"
 
 
 class Page:

@@ -14,11 +14,12 @@ unguided. Guidance increases
 
 Let s be the scale, g the gradient of (13) with respect to x_t, and Z the features: the hidden
 representations that the decoder and the classifier share. dZ is the total derivative of (13) with
-respect to Z: it includes the effect of each feature on the later ones that are computed from it.
+respect to Z: it includes the effect of each feature on the later ones that are computed from it. N
+is the number of an image's values.
 
 (14)  pixel            eps - s sqrt(1 - abar_t) g
 (14a) representation   the eps of an estimate of x_0 from Z + P and x_t + u, where
-                       u = s g and P = (u · g) dZ / mean_i |dz_i|²
+                       u = s sqrt(N) g and P = (u · g) dZ / mean_i |dz_i|²
 (14c) published        the eps that is decoded from Z - s dZ
 
 Under the first two, a positive scale moves the image toward the target; under (14a) only up to a
@@ -54,13 +55,19 @@ SCALE_SCHEDULES: dict[str, Callable[[Array], Array]] = names.SCALE_SCHEDULES.rec
     middle=lambda u: 2 * jnp.sin(np.pi * u) ** 2,
 )
 
-# The guidance of a Method that leaves it open, without and with labels.
-DEFAULTS = {False: "none", True: "pixel"}
+
+def default_guidance(labelled: bool, classifier: bool = False) -> str:
+    """The guidance where none is named. labelled: whether there are labels. classifier: whether
+    another model's classifier is to guide."""
+    if not labelled:
+        return "none"
+    return "pixel" if classifier else "representation"  # docs/results.md compares the two
 
 
-def chosen(method: Method, labelled: bool) -> Method:
-    """The method with a choice for everything that it leaves open, except the scale."""
-    name = method.guidance or DEFAULTS[labelled]
+def chosen(method: Method, labelled: bool, classifier: bool = False) -> Method:
+    """The method with a choice for everything that it leaves open, except the scale. See
+    `default_guidance`."""
+    name = method.guidance or default_guidance(labelled, classifier)
     unset = [field for field in ("sampler", "steps", "threshold") if getattr(method, field) is None]
     values = {field: getattr(GUIDANCE[name], field) for field in unset}
     return dataclasses.replace(method, guidance=name, **values)

@@ -37,7 +37,7 @@ class Guidance(NamedTuple):
     """One entry of GUIDANCE.
 
     make: (network, diffusion, method, targets, scale_fn) -> eps_fn, where scale_fn(t) is the scale
-    at t. default_scale: chosen on the digits data set (docs/results.md); other data may need
+    at t. default_scale: chosen on the digits and on MNIST (docs/results.md); other data may need
     another. takes: what it uses and some other guidance does not: names of options of Method,
     "labels" (it needs targets), and "classifier" (its gradient may come from another model).
     sampler, steps, threshold: those of a Method that leaves them open.
