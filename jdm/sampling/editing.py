@@ -150,7 +150,8 @@ def edit(
     _STRENGTH.check("strength", strength)
     total = max(1, round(strength * joint.diffusion.steps))
     steps = min(total, max(1, round(50 * strength))) if steps is None else steps
-    guidance = guidance or default_guidance(True, classifier is not None)
+    if guidance is None:
+        guidance = default_guidance(True, classifier is not None)
     request = check_request(
         joint,
         len(images),

@@ -251,6 +251,27 @@ def test_a_linear_networks_image_moves_along_the_gradient_whatever_is_predicted(
         assert np.abs(expected - plain).max() > 0.02
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_the_scale_counts_in_lengths_of_noise(side):
+    """With a classifier that is linear in x_t and decodes nothing, only - u / sqrt(1 - abar_t) is
+    left, and u = s sqrt(N) g."""
+    x = jnp.ones((5, side, side, 1))
+
+    def classify(z, t):
+        score = z.sum(axis=(1, 2, 3))
+        return jnp.stack([score, -score, jnp.zeros_like(score)], axis=1)
+
+    network = Network(
+        lambda x, t, moved=None: x if moved is None else x + moved,
+        lambda z, x, t: Estimate(jnp.zeros_like(x)),
+        classify,
+    )
+    targets, method = jax.nn.one_hot(jnp.zeros(5, int), 3), Method(guidance="representation")
+    eps = guide(network, DIFFUSION, method, targets, 0.7)(x, TIMES).eps
+    b = np.sqrt(1 - DIFFUSION.abar[np.asarray(TIMES)])[:, None, None, None]
+    np.testing.assert_allclose(eps, np.broadcast_to(-0.7 * side / b, x.shape), rtol=1e-4)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_estimate_of_x0_and_that_of_eps_agree(prediction):
     diffusion = dataclasses.replace(DIFFUSION, prediction=prediction)

@@ -115,6 +115,7 @@ def test_an_inversion_takes_as_many_images_at_once_as_memory_holds(joint, monkey
         (lambda j, x: jdm.edit(j, x, [1], strength=1.5), "^strength=1.5"),
         (lambda j, x: jdm.edit(j, x, [1], strength=0.5, steps=26), "^steps=26 .*are left, 25$"),
         (lambda j, x: jdm.edit(j, x, None), "^guidance='representation' needs labels"),
+        (lambda j, x: jdm.edit(j, x, [1], guidance=""), "^guidance='' is unknown"),
         (lambda j, x: jdm.edit(j, x.astype(int), [1]), "^images have the dtype int64"),
         (lambda j, x: jdm.edit(j, x * 1.0, [1]), r"^images are floats that range over \[0, 255\]"),
     ],
